@@ -38,10 +38,28 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     rows, row_bytes = packed_shape(n, k)
     columns = row_bytes // TILE_BYTES
     codes = torch.nn.functional.pad(codes, (0, columns * TILE_COLUMNS - k, 0, rows * TILE_ROWS - n))
-    # axes of the view: tile row, h, g, tile column, c, t, byte, nibble
-    tiles = codes.view(rows, 2, 8, columns, 2, 4, 4, 2).permute(0, 3, 2, 5, 4, 1, 6, 7)
-    low, high = tiles.unbind(-1)
-    return (low | (high << 4)).reshape(rows, row_bytes)
+    natural = (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(torch.int32)
+    words = natural.view(rows, 2, 8, columns, 2, 4).permute(0, 3, 2, 5, 4, 1)
+    return words.reshape(rows, row_bytes // 4).view(torch.uint8)
+
+
+def natural_bytes(qdata: torch.Tensor) -> torch.Tensor:
+    """The stored bytes in row-major order: [16 * tile rows, 32 * tile columns] uint8, two codes each, low nibble first.
+
+    Only whole words of 8 codes move, so this costs an eighth of a permutation of codes.
+    """
+    rows, columns = qdata.shape[0], qdata.shape[1] // TILE_BYTES
+    # axes of the view: tile row, tile column, g, t, c, h
+    words = qdata.view(torch.int32).view(rows, columns, 8, 4, 2, 2).permute(0, 5, 2, 1, 4, 3)
+    return words.reshape(rows * TILE_ROWS, columns * 8).view(torch.uint8)
+
+
+def bytes_of_rows(qdata: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Like `natural_bytes`, for the rows listed in `rows` (1-D int64): [len(rows), 32 * tile columns]."""
+    words = qdata.view(torch.int32).view(qdata.shape[0], -1, 8, 4, 2, 2)
+    tile, h, g = rows // TILE_ROWS, rows % TILE_ROWS // 8, rows % 8
+    # [len(rows), tile column, t, c] -> c before t
+    return words[tile, :, g, :, :, h].permute(0, 1, 3, 2).reshape(len(rows), -1).view(torch.uint8)
 
 
 def unpack(qdata: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
@@ -56,8 +74,6 @@ def unpack(qdata: torch.Tensor, out_features: int, in_features: int) -> torch.Te
             f"qdata of a [{out_features}, {in_features}] weight must be uint8 [{rows}, {row_bytes}], "
             f"got {qdata.dtype} {list(qdata.shape)}"
         )
-    columns = row_bytes // TILE_BYTES
-    # axes of the view: tile row, tile column, g, t, c, h, byte
-    lanes = qdata.reshape(rows, columns, 8, 4, 2, 2, 4)
-    tiles = torch.stack([lanes & 15, lanes >> 4], dim=-1).permute(0, 5, 2, 1, 4, 3, 6, 7)
-    return tiles.reshape(rows * TILE_ROWS, columns * TILE_COLUMNS)[:out_features, :in_features]
+    pairs = natural_bytes(qdata)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+    return codes[:out_features, :in_features]

@@ -1,0 +1,212 @@
+"""From a weight and its input statistics to codes, scales, selectors and books: the only door into this package.
+
+Pure numerics on plain tensors, on any device; knows nothing of torchao. The steps are numbered in `encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, top_of
+from aaac_ao.config import AAACConfig
+from aaac_ao.encode.kmeans import lloyd
+from aaac_ao.encode.nearest import NearestTable, nearest_codes
+from aaac_ao.encode.scales import reciprocal, search_scales
+from aaac_ao.formats import ScaleFormat
+from aaac_ao.packing import ceil_div
+
+#: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
+SAMPLE_WEIGHTS = 1 << 20
+#: Rows are worked on in chunks of about this many weights, which bounds the memory beyond the result.
+CHUNK_WEIGHTS = 1 << 18
+#: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
+REFINE_ROUNDS, REFINE_ITERATIONS = 3, 4
+#: Share of the mean importance added to every channel, so that rarely active channels keep sensible codes.
+IMPORTANCE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows about the inputs of a layer.
+
+    Attributes:
+        second_moment: [in_features] fp32, E[x_j^2]: the diagonal of the layer's output error.
+        tokens: how many input vectors were seen.
+    """
+
+    second_moment: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A quantised weight before packing.
+
+    Attributes:
+        codes: [N, K] uint8, entries of the selected book.
+        selector: [N, groups] bool, which book.
+        scale: [N, groups] fp32 >= 0, exactly representable in the scale format.
+        codebooks: [2, 16] fp32, ascending, exactly representable in bf16.
+        per_tensor_scale: fp32 0-D, already contained in `scale`; None for bf16 scales.
+        error: sum over all weights of importance * (w - q)^2, fp64 0-D.
+    """
+
+    codes: torch.Tensor
+    selector: torch.Tensor
+    scale: torch.Tensor
+    codebooks: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    error: torch.Tensor
+
+
+def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None = None) -> Encoding:
+    """Quantise a weight [out_features, in_features] with two books.
+
+    Minimises sum_nk h_k (w_nk - q_nk)^2, h = E[x^2] (1 without statistics): (1) scales from the largest magnitude of
+    each group; (2) two books by weighted k-means from a mirror pair; (3) alternating joint search of scale and book with
+    further k-means; (4) books rounded to bf16, everything re-assigned exactly. The fixed grids stand as candidates, so
+    that the result is never worse than any of them on this objective.
+
+    Raises:
+        ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
+            statistics do not fit it.
+        TypeError: the weight is not floating-point.
+    """
+    check_weight(weight, config)
+    importance = _importance(weight, config, statistics)
+    groups = _Groups(weight, config.group_size)
+    if config.codebooks != "learned":
+        return _encode_fixed(groups, importance, config, config.codebooks)
+    best = _encode_learned(groups, importance, config)
+    for name in FIXED_CODEBOOKS:
+        other = _encode_fixed(groups, importance, config, name)
+        if bool(other.error < best.error):
+            best = other
+    return best
+
+
+def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
+    """Reject what cannot be quantised; see `encode` for the errors raised."""
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating-point, got {weight.dtype}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be 2-D [out_features, in_features] and not empty, got shape {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; load the model before quantising it")
+    if weight.shape[1] < config.group_size:
+        raise ValueError(
+            f"in_features {weight.shape[1]} is smaller than group_size {config.group_size}; "
+            "choose a smaller group_size or leave this layer out with filter_fn"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"weight of shape {list(weight.shape)} has {bad} NaN or infinite values; repair the model first")
+
+
+class _Groups:
+    """A weight seen in chunks of rows, cut into groups; a partial last group is filled with zeros."""
+
+    def __init__(self, weight: torch.Tensor, group_size: int) -> None:
+        self.weight, self.group_size = weight.detach(), group_size
+        self.rows, self.columns = weight.shape
+        self.count = ceil_div(self.columns, group_size)
+        self.amax = weight.detach().abs().max().float()
+
+    def cut(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [rows, columns] of any float dtype as fp32 [rows, groups, group_size]."""
+        padding = self.count * self.group_size - self.columns
+        return torch.nn.functional.pad(rows.float(), (0, padding)).view(len(rows), self.count, self.group_size)
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """All rows in order, [<= chunk, groups, group_size] at a time."""
+        for rows in self.weight.split(max(1, CHUNK_WEIGHTS // self.columns)):
+            yield self.cut(rows)
+
+    def sample(self) -> torch.Tensor:
+        """Evenly spaced rows, at most about `SAMPLE_WEIGHTS` weights."""
+        return self.cut(self.weight[:: ceil_div(self.rows * self.columns, SAMPLE_WEIGHTS)])
+
+
+def _importance(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None) -> torch.Tensor:
+    """Importance of every input channel as [groups, group_size]; 0 in the filling of a partial group."""
+    k = weight.shape[1]
+    if statistics is None:
+        h = torch.ones(k, device=weight.device)
+    else:
+        h = _checked_moment(statistics, k).to(weight.device)
+        mean = h.mean()
+        h = torch.where(mean > 0, h + IMPORTANCE_FLOOR * mean, torch.ones_like(h))
+    padding = ceil_div(k, config.group_size) * config.group_size - k
+    return torch.nn.functional.pad(h, (0, padding)).view(-1, config.group_size)
+
+
+def _checked_moment(statistics: Statistics, in_features: int) -> torch.Tensor:
+    h = statistics.second_moment.float()
+    if tuple(h.shape) != (in_features,):
+        raise ValueError(f"second_moment must have shape [{in_features}], got {list(h.shape)}")
+    if statistics.tokens < 1:
+        raise ValueError("the statistics hold no token; run calibration batches through the model first")
+    if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
+        raise ValueError("second_moment has negative, NaN or infinite values; check the calibration batches")
+    return h
+
+
+def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.Tensor | None) -> torch.Tensor:
+    return fmt.round(groups.abs().amax(-1) / top, pts)
+
+
+def _encode_learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Encoding:
+    fmt, pts = config.scale_format, config.scale_format.per_tensor_scale(groups.amax, top=1.0)
+    sample = groups.sample()
+    scale = _start_scale(sample, 1.0, fmt, pts)
+    books = learned_start().to(sample.device).sort(dim=1).values
+    books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, config.iterations)
+    if config.scale_search:
+        for _ in range(REFINE_ROUNDS):
+            scale = search_scales(sample, importance, fmt.candidates(scale, pts), NearestTable(books, 1.0), 1.0)
+            books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, REFINE_ITERATIONS)
+    return _assign(groups, importance, importance, books.bfloat16().float(), 1.0, pts, config)
+
+
+def _encode_fixed(groups: _Groups, importance: torch.Tensor, config: AAACConfig, name: str) -> Encoding:
+    """A fixed pair; without a scale search the book is chosen by plain squared error, as round-to-nearest does."""
+    top = top_of(name)
+    books = fixed_codebooks(name, config.group_size).to(groups.weight.device).sort(dim=1).values
+    select_by = importance if config.scale_search else (importance > 0).float()
+    pts = config.scale_format.per_tensor_scale(groups.amax, top)
+    return _assign(groups, importance, select_by, books, top, pts, config)
+
+
+def _assign(
+    groups: _Groups,
+    importance: torch.Tensor,
+    select_by: torch.Tensor,
+    books: torch.Tensor,
+    top: float,
+    pts: torch.Tensor | None,
+    config: AAACConfig,
+) -> Encoding:
+    """Final scales, selectors and exact codes of the whole weight for given books."""
+    table, fmt = NearestTable(books, top), config.scale_format
+    codes, selectors, scales = [], [], []
+    error = torch.zeros((), dtype=torch.float64, device=books.device)
+    for chunk in groups.chunks():
+        scale = _start_scale(chunk, top, fmt, pts)
+        if config.scale_search:
+            scale = search_scales(chunk, select_by, fmt.candidates(scale, pts), table, top)
+        u = chunk * reciprocal(scale)[..., None]
+        both = [nearest_codes(u, table, book, index) for index, book in enumerate(books)]
+        squared = torch.stack(
+            [(torch.index_select(b, 0, c.view(-1)).view(u.shape) - u).square() for b, c in zip(books, both, strict=True)]
+        )
+        selector = torch.lt(*(squared * select_by).sum(-1).flip(0))
+        chosen = torch.where(selector[..., None], both[1], both[0])
+        codes.append(chosen.flatten(1)[:, : groups.columns].to(torch.uint8))
+        selectors.append(selector)
+        scales.append(scale)
+        picked = torch.where(selector[..., None], squared[1], squared[0]) * scale.square()[..., None]
+        error += (picked * importance).double().sum()
+    return Encoding(torch.cat(codes), torch.cat(selectors), torch.cat(scales), books, pts, error)

@@ -1,0 +1,1 @@
+"""Thin bridges to other libraries; each imports its library only when it is used."""

@@ -1,0 +1,208 @@
+"""`aaac_ao::linear` and `aaac_ao::dequantize`: torch.library ops on plain tensors.
+
+No subclass crosses these schemas, so they compile, export and differentiate like any other op. With N out_features and
+K in_features, all of them take the stored parts of an `AAACTensor`:
+
+    qdata             uint8 [ceil(N / 16), ceil(K / 64) * 512], see `packing`
+    scale             bf16 or float8_e4m3fn [N, ceil(K / group_size)]; its sign bit selects the book
+    codebooks         bf16 [2, 16]
+    per_tensor_scale  fp32 0-D, or None
+
+The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU it is decoded to fp32
+in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aaac_ao.formats import load_scale
+from aaac_ao.packing import TILE_COLUMNS, TILE_ROWS, bytes_of_rows, ceil_div, natural_bytes, packed_shape
+
+#: Decoded weights held at a time on the CPU; with all temporaries about 12 bytes each.
+CHUNK_WEIGHTS = 1 << 20
+#: Input elements converted to fp32 at a time on the CPU.
+CHUNK_INPUTS = 1 << 20
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("aaac_ao::linear", mutates_args=(), device_types="cpu")
+def linear(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] in the dtype of x, accumulated in fp32.
+
+    Raises:
+        ValueError: the parts do not belong together, x has another number of features, or devices differ.
+        TypeError: x is of another dtype.
+    """
+    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_operands(x, qdata, bias)
+    out_features = scale.shape[0]
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(flat), out_features)
+    for start in range(0, out_features, _rows_per_chunk(qdata)):
+        stop = min(start + _rows_per_chunk(qdata), out_features)
+        part = qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)]
+        w = _decode(natural_bytes(part)[: stop - start], scale[start:stop], codebooks, group_size, x.shape[-1])
+        for rows in range(0, len(flat), max(1, CHUNK_INPUTS // x.shape[-1])):
+            block = slice(rows, rows + max(1, CHUNK_INPUTS // x.shape[-1]))
+            result = flat[block].float() @ w.t()
+            if per_tensor_scale is not None:
+                result *= per_tensor_scale
+            if bias is not None:
+                result += bias[start:stop].float()
+            y[block, start:stop] = result
+    return y.view(*x.shape[:-1], out_features)
+
+
+@linear.register_kernel("cuda")
+def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
+    from aaac_ao.kernels import dispatch
+
+    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_operands(x, qdata, bias)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = dispatch.linear(flat, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
+    return y.view(*x.shape[:-1], scale.shape[0])
+
+
+@linear.register_fake
+def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, qdata, scale, codebooks, per_tensor_scale, group_size, bias = inputs
+    ctx.save_for_backward(qdata, scale, codebooks, per_tensor_scale)
+    ctx.group_size, ctx.in_features = group_size, x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    qdata, scale, codebooks, per_tensor_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        w = dequantize(qdata, scale, codebooks, per_tensor_scale, ctx.group_size, ctx.in_features, grad.dtype)
+        grad_x = grad @ w
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("aaac_ao::dequantize", mutates_args=(), device_types="cpu")
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight [N, in_features] in `dtype`; computed in fp32 and rounded once.
+
+    Raises:
+        ValueError: the parts do not belong together.
+        TypeError: `dtype` is not fp32, bf16 or fp16.
+    """
+    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_dtype("dtype", dtype)
+    w = torch.empty(scale.shape[0], in_features, dtype=dtype, device=qdata.device)
+    for start in range(0, len(w), _rows_per_chunk(qdata)):
+        stop = min(start + _rows_per_chunk(qdata), len(w))
+        part = natural_bytes(qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)])[: stop - start]
+        decoded = _decode(part, scale[start:stop], codebooks, group_size, in_features)
+        w[start:stop] = decoded if per_tensor_scale is None else decoded.mul_(per_tensor_scale)
+    return w
+
+
+@dequantize.register_kernel("cuda")
+def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
+    from aaac_ao.kernels import dispatch
+
+    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_dtype("dtype", dtype)
+    return dispatch.dequantize(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype)
+
+
+@dequantize.register_fake
+def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
+    return qdata.new_empty(scale.shape[0], in_features, dtype=dtype)
+
+
+def dequantize_rows(
+    rows: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The rows listed in `rows` (1-D int64, 0 <= row < N) of the weight: [len(rows), in_features] in `dtype`."""
+    bits = scale.view(torch.uint8).view(*scale.shape, -1)[rows].flatten(1).view(scale.dtype)
+    w = _decode(bytes_of_rows(qdata, rows), bits, codebooks, group_size, in_features)
+    return (w if per_tensor_scale is None else w.mul_(per_tensor_scale)).to(dtype)
+
+
+def _decode(
+    pairs: torch.Tensor, scale: torch.Tensor, codebooks: torch.Tensor, group_size: int, in_features: int
+) -> torch.Tensor:
+    """Rows of byte pairs [n, >= in_features / 2] to fp32 [n, in_features], without the per-tensor scale."""
+    magnitude, selector = load_scale(scale)
+    columns = scale.shape[1] * group_size
+    pairs = torch.nn.functional.pad(pairs, (0, columns // 2 - pairs.shape[1])).to(torch.int32)
+    # one lookup per byte: entry 256 * book + byte holds the two values of that byte
+    byte = torch.arange(256, device=pairs.device)
+    books = codebooks.float()
+    table = torch.stack([books[:, byte & 15], books[:, byte >> 4]], dim=-1).view(512, 2)
+    index = pairs.view(len(scale), scale.shape[1], -1).add_(selector.to(torch.int32)[..., None], alpha=256)
+    w = torch.nn.functional.embedding(index, table).view(len(scale), scale.shape[1], group_size)
+    return w.mul_(magnitude[..., None]).view(len(scale), columns)[:, :in_features]
+
+
+def _rows_per_chunk(qdata: torch.Tensor) -> int:
+    columns = qdata.shape[1] // 8
+    return max(1, CHUNK_WEIGHTS // (columns * TILE_ROWS)) * TILE_ROWS
+
+
+def _check_parts(
+    in_features: int, qdata: torch.Tensor, scale: torch.Tensor, codebooks: torch.Tensor, group_size: int
+) -> None:
+    out_features = scale.shape[0]
+    if tuple(qdata.shape) != packed_shape(out_features, in_features):
+        raise ValueError(
+            f"in_features {in_features} does not fit this weight: its qdata {list(qdata.shape)} holds "
+            f"{qdata.shape[1] // 8 - TILE_COLUMNS + 1} to {qdata.shape[1] // 8} features"
+        )
+    if scale.shape[1] != ceil_div(in_features, group_size):
+        raise ValueError(
+            f"scale {list(scale.shape)} does not fit in_features {in_features} with group_size {group_size}"
+        )
+    if tuple(codebooks.shape) != (2, 16):
+        raise ValueError(f"codebooks must have shape [2, 16], got {list(codebooks.shape)}")
+    if not qdata.device == scale.device == codebooks.device:
+        raise ValueError(f"parts on different devices: {qdata.device}, {scale.device}, {codebooks.device}")
+
+
+def _check_operands(x: torch.Tensor, qdata: torch.Tensor, bias: torch.Tensor | None) -> None:
+    _check_dtype("x", x.dtype)
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != qdata.device:
+            raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}; move one of them")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
