@@ -60,7 +60,9 @@ class AAACConfig(AOBaseConfig):
             self.group_size = allowed[0]
         _check_integer("group_size", self.group_size)
         if self.group_size not in allowed:
-            raise ValueError(f"group_size {self.group_size} is not supported by format {self.format!r}; use {_or(allowed)}")
+            raise ValueError(
+                f"group_size {self.group_size} is not supported by format {self.format!r}; use {_or(allowed)}"
+            )
         _check_integer("iterations", self.iterations)
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")

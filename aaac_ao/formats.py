@@ -35,16 +35,17 @@ class ScaleFormat:
         """Whether an fp32 scale per tensor multiplies the group scales."""
         return self.scale_dtype == torch.float8_e4m3fn
 
-    def per_tensor_scale(self, weight_amax: torch.Tensor, top: float) -> torch.Tensor | None:
-        """The fp32 scale that maps the largest group's `weight_amax / top` onto the largest E4M3 value.
+    def per_tensor_scale(self, weight_amax: torch.Tensor, top: float, largest: float = E4M3_MAX) -> torch.Tensor | None:
+        """The fp32 scale that maps the largest group's `weight_amax / top` onto an E4M3 value.
 
         Args:
             weight_amax: largest magnitude of the weight, 0-D.
             top: magnitude of the book entry onto which a group's largest weight is mapped.
+            largest: that E4M3 value; below the format's maximum it leaves room for a search to go up.
         """
         if not self.has_per_tensor_scale:
             return None
-        scale = weight_amax.float() / (top * E4M3_MAX)
+        scale = weight_amax.float() / (top * largest)
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
     def round(self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> torch.Tensor:
@@ -55,7 +56,7 @@ class ScaleFormat:
         return torch.where(scale > 0, code * per_tensor_scale, torch.zeros_like(scale))
 
     def candidates(self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> list[torch.Tensor]:
-        """Storable scales near `scale`, from about 0.75 to 1.2 of it, for a joint scale and book search."""
+        """Storable scales from about 0.6 to 1.3 of `scale`, for a joint search of scale and book."""
         if per_tensor_scale is None:
             return [self.round(scale * factor, None) for factor in SCALE_FACTORS]
         # consecutive E4M3 codes are consecutive integers of their bit patterns
@@ -69,10 +70,10 @@ class ScaleFormat:
         return torch.where(selector, -code, code).to(self.scale_dtype)
 
 
-#: Factors tried around a bf16 group scale (0.75 to 1.15 of the start).
-SCALE_FACTORS = (0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.15)
+#: Factors tried around a bf16 group scale: 0.7 to 1.2 of the start.
+SCALE_FACTORS = tuple(0.7 + 0.025 * step for step in range(21))
 #: Neighbouring E4M3 codes tried around a group scale (6 to 12 % apart).
-E4M3_OFFSETS = (-4, -3, -2, -1, 0, 1, 2)
+E4M3_OFFSETS = tuple(range(-6, 5))
 
 
 def load_scale(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,12 @@ class ObserverTensor(TorchAOBaseTensor):
 
     def __new__(cls, hp_data, squares, tokens, hessian=None):
         return torch.Tensor._make_wrapper_subclass(
-            cls, hp_data.shape, strides=hp_data.stride(), device=hp_data.device, dtype=hp_data.dtype, requires_grad=False
+            cls,
+            hp_data.shape,
+            strides=hp_data.stride(),
+            device=hp_data.device,
+            dtype=hp_data.dtype,
+            requires_grad=False,
         )
 
     def __init__(self, hp_data, squares, tokens, hessian=None):
@@ -71,7 +76,9 @@ class ObserverTensor(TorchAOBaseTensor):
         """
         tokens = int(self.tokens)
         if tokens == 0:
-            raise ValueError("0 batches seen: run calibration batches through the model between 'prepare' and 'convert'")
+            raise ValueError(
+                "0 batches seen: run calibration batches through the model between 'prepare' and 'convert'"
+            )
         return Statistics(self.squares / tokens, tokens)
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ def linear(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] in the dtype of x, accumulated in fp32.
+    """Y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] in the dtype of x, accumulated in fp32.
 
     Raises:
         ValueError: the parts do not belong together, x has another number of features, or devices differ.

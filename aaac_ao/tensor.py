@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -107,9 +108,7 @@ class AAACTensor(TorchAOBaseTensor):
     # construction and reading
 
     @classmethod
-    def from_hp(
-        cls, weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None = None
-    ) -> AAACTensor:
+    def from_hp(cls, weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None = None) -> AAACTensor:
         """Quantise a high-precision weight [N, K].
 
         Args:
@@ -221,6 +220,12 @@ class AAACTensor(TorchAOBaseTensor):
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, outer_size, outer_stride):
         return _build({**attributes, **tensors})
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of torch.compile's caches: everything but the values."""
+        parts = [(n, tuple(p.shape), p.stride(), str(p.dtype), str(p.device)) for n, p in self._inner().items()]
+        key = repr((parts, self.group_size, self.k_pad, str(self.dtype), self.transposed, self.requires_grad))
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
     def share_memory_(self) -> AAACTensor:
         """Move every stored tensor to shared memory."""

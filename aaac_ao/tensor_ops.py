@@ -21,7 +21,7 @@ implements_torch_function = AAACTensor.implements_torch_function
 
 
 def _linear(x: torch.Tensor, weight: AAACTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias, where W is the [N, K] weight whatever view of it is at hand."""
+    """X W^T + bias, where W is the [N, K] weight whatever view of it is at hand."""
     if weight.act_pre_scale is not None:
         x = x * weight.act_pre_scale.to(x.dtype)
     return ops.linear(x, *weight._parts(), weight.group_size, bias)
@@ -97,7 +97,9 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     weight, shape = args[0], list(args[1])
     if len(shape) != 2 or any(size not in (-1, own) for size, own in zip(shape, weight.shape, strict=True)):
-        raise ValueError(f"an AAACTensor of shape {list(weight.shape)} cannot be viewed as {shape}; dequantize() it first")
+        raise ValueError(
+            f"an AAACTensor of shape {list(weight.shape)} cannot be viewed as {shape}; dequantize() it first"
+        )
     return _wrap(func, args, kwargs, weight._apply_fn_to_data(lambda part: part.detach()))
 
 
@@ -119,7 +121,11 @@ def _slice(weight: AAACTensor, dim: int, start: int, stop: int) -> AAACTensor:
     else:
         first, last = start // TILE_COLUMNS * TILE_BYTES, ceil_div(stop, TILE_COLUMNS) * TILE_BYTES
         groups = slice(start // weight.group_size, ceil_div(stop, weight.group_size))
-        changes = {"qdata": weight.qdata[:, first:last], "scale": weight.scale[:, groups], "k_pad": -stop % TILE_COLUMNS}
+        changes = {
+            "qdata": weight.qdata[:, first:last],
+            "scale": weight.scale[:, groups],
+            "k_pad": -stop % TILE_COLUMNS,
+        }
         if weight.act_pre_scale is not None:
             changes["act_pre_scale"] = weight.act_pre_scale[start:stop]
     out = weight._replace(**changes)
@@ -253,7 +259,9 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def _(func, types, args, kwargs):
     weight, source = args[0], args[1]
     if not isinstance(weight, AAACTensor) or not isinstance(source, AAACTensor):
-        raise TypeError(f"copy_ between {type(weight).__name__} and {type(source).__name__}; quantise or dequantize() first")
+        raise TypeError(
+            f"copy_ between {type(weight).__name__} and {type(source).__name__}; quantise or dequantize() first"
+        )
     kinds = [(w.format, w.group_size, w.transposed, list(w._inner())) for w in (weight, source)]
     if weight.shape != source.shape or kinds[0] != kinds[1]:
         raise ValueError(f"cannot copy {source} into {weight}")
@@ -304,7 +312,11 @@ def _(func, types, args, kwargs):
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else torch.equal(a, b)
+    return (
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        if a.dim()
+        else torch.equal(a, b)
+    )
 
 
 @implements(aten.is_pinned.default)

@@ -114,7 +114,9 @@ def raise_problems(problems: dict[str, str]) -> None:
     if problems:
         shown = [f"  {name}: {problem}" for name, problem in list(problems.items())[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError("\n".join([f"{len(problems)} layer(s) cannot be quantised; nothing was changed:", *shown, *more]))
+        raise ValueError(
+            "\n".join([f"{len(problems)} layer(s) cannot be quantised; nothing was changed:", *shown, *more])
+        )
 
 
 def _check_selected(module: nn.Module, config: AAACConfig, parameter_name: str) -> None:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "aaac_ao" / "demo"))
-import corpus  # noqa: E402  (read alone: training must not import the quantiser)
+import corpus
 
 log = logging.getLogger("train_demo_model")
 END_OF_TEXT = "<|endoftext|>"

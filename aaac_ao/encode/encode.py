@@ -24,6 +24,8 @@ SAMPLE_WEIGHTS = 1 << 20
 CHUNK_WEIGHTS = 1 << 18
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
 REFINE_ROUNDS, REFINE_ITERATIONS = 3, 4
+#: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
+LEARNED_LARGEST_E4M3 = 352.0
 #: Share of the mean importance added to every channel, so that rarely active channels keep sensible codes.
 IMPORTANCE_FLOOR = 1e-3
 
@@ -93,7 +95,9 @@ def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating-point, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must be 2-D [out_features, in_features] and not empty, got shape {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be 2-D [out_features, in_features] and not empty, got shape {list(weight.shape)}"
+        )
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values; load the model before quantising it")
     if weight.shape[1] < config.group_size:
@@ -103,7 +107,9 @@ def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
         )
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"weight of shape {list(weight.shape)} has {bad} NaN or infinite values; repair the model first")
+        raise ValueError(
+            f"weight of shape {list(weight.shape)} has {bad} NaN or infinite values; repair the model first"
+        )
 
 
 class _Groups:
@@ -159,7 +165,8 @@ def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.
 
 
 def _encode_learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Encoding:
-    fmt, pts = config.scale_format, config.scale_format.per_tensor_scale(groups.amax, top=1.0)
+    fmt = config.scale_format
+    pts = fmt.per_tensor_scale(groups.amax, top=1.0, largest=LEARNED_LARGEST_E4M3)
     sample = groups.sample()
     scale = _start_scale(sample, 1.0, fmt, pts)
     books = learned_start().to(sample.device).sort(dim=1).values
@@ -200,7 +207,10 @@ def _assign(
         u = chunk * reciprocal(scale)[..., None]
         both = [nearest_codes(u, table, book, index) for index, book in enumerate(books)]
         squared = torch.stack(
-            [(torch.index_select(b, 0, c.view(-1)).view(u.shape) - u).square() for b, c in zip(books, both, strict=True)]
+            [
+                (torch.index_select(b, 0, c.view(-1)).view(u.shape) - u).square()
+                for b, c in zip(books, both, strict=True)
+            ]
         )
         selector = torch.lt(*(squared * select_by).sum(-1).flip(0))
         chosen = torch.where(selector[..., None], both[1], both[0])

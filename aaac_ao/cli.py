@@ -1,0 +1,181 @@
+"""`aaac-ao`: demo, quantise, evaluate and generate from the command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+app = typer.Typer(
+    help="4-bit weights with two learned codebooks per layer (AAAC) for PyTorch language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A local model directory in transformers' format, or a hub name.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+
+
+def _friendly(command: Callable) -> Callable:
+    """Errors a user can act on become one line on stderr and exit code 1; an interrupt becomes exit code 130."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        _quiet_libraries()
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, TypeError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _quiet_libraries() -> None:
+    """Our own warnings go to stderr; start-up chatter of the libraries below is left out."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch")
+
+
+@app.command()
+@_friendly
+def demo(
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 held-out tokens.", min=1)] = 64,
+    text: Annotated[bool, typer.Option(help="Also generate text, compiled, from the original and from AAAC.")] = True,
+) -> None:
+    """Quantise the shipped demo model in every way, compare what each way loses, and generate text from it."""
+    from aaac_ao.demo import compare, story
+
+    model, tokenizer = compare.load_demo_model()
+    typer.echo("A small Llama, trained on Python's standard library; evaluated on modules it never saw.")
+    comparison = compare.compare(model, tokenizer, windows)
+    original = comparison.rows[0].evaluation
+    typer.echo(f"\n{compare.table(comparison)}\n")
+    typer.echo(
+        f"{original.tokens} held-out tokens; a unigram model has perplexity {comparison.unigram_perplexity:.0f}. "
+        "The gaps are the shares of round-to-nearest's loss (RTN, same format) that a method wins back."
+    )
+    if text:
+        typer.echo(story.tell(model, comparison.models["nvfp4"], tokenizer))
+
+
+@app.command()
+@_friendly
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
+    format: Annotated[str, typer.Option(help="int4 (bf16 scales) or nvfp4 (E4M3 scales, groups of 16).")] = "int4",
+    group_size: Annotated[int | None, typer.Option(help="int4: 128 (default), 64, 32; nvfp4: 16.")] = None,
+    codebooks: Annotated[str, typer.Option(help="learned, int4, fp4, nf4, bof4, bof4-s or if4.")] = "learned",
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text file to calibrate on; repeat for more. Without one: no data.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows to use at most.", min=1)] = 128,
+    window: Annotated[int, typer.Option(help="Tokens per calibration window.", min=2)] = 512,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Quantise a causal language model and write it as a transformers checkpoint."""
+    from transformers import AutoTokenizer
+
+    from aaac_ao import AAACConfig, calibrate_
+    from aaac_ao.evaluate import windows_of
+    from aaac_ao.integrations.transformers import load_model, save_quantized
+
+    config = AAACConfig(format=format, group_size=group_size, codebooks=codebooks)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
+    texts = [path.read_text(encoding="utf-8") for path in calibration or []]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = load_model(model).to(device)
+    if texts:
+        ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
+        batches = windows_of(ids, min(window, len(ids)), windows).split(8)
+        calibrate_(loaded, config, batches)
+    else:
+        _quantise_without_data(loaded, config)
+    save_quantized(loaded, config, out, tokenizer)
+    typer.echo(f"wrote {out}: {_size_line(loaded)}")
+
+
+def _quantise_without_data(model: torch.nn.Module, config: Any) -> None:
+    from torchao.quantization import quantize_
+
+    head = model.get_output_embeddings()
+    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and module is not head)
+
+
+def _size_line(model: torch.nn.Module) -> str:
+    from aaac_ao import AAACTensor
+    from aaac_ao.evaluate import linear_bits_per_weight
+
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    done = [module for module in linears if isinstance(module.weight, AAACTensor)]
+    if not done:
+        return "no layer was quantised"
+    return f"{len(done)} of {len(linears)} linear layers at {linear_bits_per_weight(done):.3f} bits per weight"
+
+
+@app.command()
+@_friendly
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="Text file to evaluate on.")],
+    reference: Annotated[str | None, typer.Option(help="Original model, for the KL divergence to it.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window, not overlapping.", min=2)] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Use at most this many windows.", min=1)] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Perplexity of a model on a text, and its KL divergence to the original."""
+    from transformers import AutoTokenizer
+
+    from aaac_ao.evaluate import evaluate as run
+    from aaac_ao.evaluate import windows_of
+    from aaac_ao.integrations.transformers import load_model
+
+    content = text.read_text(encoding="utf-8")
+    loaded = load_model(model).to(device)
+    original = None if reference is None else load_model(reference).to(device)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(content)["input_ids"])
+    window = min(window, loaded.config.max_position_embeddings)
+    result = run(loaded, windows_of(ids, window, windows), original, batch_size=1, progress=True)
+    divergence = "" if result.kl is None else f", KL to reference {result.kl:.5f} nats/token"
+    typer.echo(f"perplexity {result.perplexity:.4f}{divergence} on {result.tokens} tokens in windows of {window}")
+
+
+@app.command()
+@_friendly
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=2)] = 100,
+    compile: Annotated[bool, typer.Option(help="Compile the decode step with torch.compile.")] = True,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Continue a prompt greedily."""
+    from transformers import AutoTokenizer
+
+    from aaac_ao.generate import generate as run
+    from aaac_ao.integrations.transformers import load_model
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    result = run(load_model(model).to(device), ids, new_tokens, compile)
+    typer.echo(tokenizer.decode(result.ids))
+    typer.echo(f"{result.tokens_per_second:.1f} tokens/s after {result.compile_seconds:.1f} s of compilation", err=True)
+
+
+if __name__ == "__main__":
+    app()

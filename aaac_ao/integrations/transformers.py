@@ -1,0 +1,81 @@
+"""Saving quantised transformers models, and loading them back with every silent failure made loud.
+
+The files are ordinary transformers checkpoints: `from_pretrained` reads them wherever `aaac_ao` was imported before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aaac_ao.config import AAACConfig
+from aaac_ao.tensor import AAACTensor
+
+
+def attach_hf_quantizer(model: nn.Module, config: AAACConfig) -> None:
+    """Give a quantised transformers model what `save_pretrained` needs to write it.
+
+    Args:
+        model: a transformers model with `AAACTensor` weights.
+        config: the settings it was quantised with.
+
+    Raises:
+        ValueError: the model has no quantised weight.
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    plain = [name for name, module in linears.items() if not isinstance(module.weight, AAACTensor)]
+    if len(plain) == len(linears):
+        raise ValueError("the model has no AAACTensor weight: quantise it first")
+    quantization_config = TorchAoConfig(
+        quant_type=dataclasses.replace(config, step="prepare_for_loading"), modules_to_not_convert=plain or None
+    )
+    model.config.quantization_config = quantization_config
+    model.hf_quantizer = TorchAoHfQuantizer(quantization_config, pre_quantized=True)
+
+
+def save_quantized(model: nn.Module, config: AAACConfig, directory: str | Path, tokenizer: Any = None) -> None:
+    """Write a quantised transformers model, and its tokenizer if given, to `directory`.
+
+    Raises:
+        ValueError: the model has no quantised weight.
+    """
+    attach_hf_quantizer(model, config)
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a causal language model, quantised or not, and make sure that every weight came from the checkpoint.
+
+    Args:
+        name_or_path: a local directory or a hub name.
+        dtype: dtype of the weights, or the one they present if they are quantised; default: the checkpoint's.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a file that is truncated or not a checkpoint, or weights that are missing, left over or of wrong shape.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    path = Path(name_or_path)
+    if path.is_absolute() and not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a directory with a model")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load {name_or_path}: {error}") from error
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"{name_or_path} does not fit its model, some weights would be random: {wrong}")
+    return model.eval()

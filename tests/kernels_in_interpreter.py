@@ -1,0 +1,211 @@
+"""Run the kernels in Triton's interpreter on CPU tensors and print, as JSON, how far they are from an fp64 oracle.
+
+    TRITON_INTERPRET=1 python tests/kernels_in_interpreter.py
+
+A process of its own, because Triton decides when a kernel is defined whether it is interpreted. Each result is
+{"kind", "case", "ratio"}: the largest error over its bound. A right kernel has ratios up to 1; the results of the
+kinds that start with "broken" come from a damaged weight and must be above 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from aaac_ao.formats import load_scale
+from aaac_ao.kernels import dispatch
+from aaac_ao.packing import pack, unpack
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUP_SIZES = (16, 32, 64, 128)
+TOKENS = (0, 1, 2, 5, 16, 17, 33)
+SHAPES = ((33, 200), (16, 64), (1, 1), (50, 130), (19, 257), (64, 128), (70, 47), (32, 192))
+VIEWS = ("whole", "rows", "columns", "both")
+
+
+@dataclass
+class Weight:
+    """A stored weight, perhaps a view into a larger one, and its exact value.
+
+    Attributes:
+        qdata: packed codes.
+        scale: signed scales.
+        codebooks: bf16 [2, 16].
+        per_tensor_scale: fp32 0-D, or None.
+        group_size: weights per scale.
+        exact: the weight in fp64, [N, K].
+    """
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    codebooks: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    group_size: int
+    exact: torch.Tensor
+
+    @property
+    def stored(self) -> tuple:
+        """The arguments that `dispatch.linear` takes after x."""
+        return self.qdata, self.scale, self.codebooks, self.per_tensor_scale, self.group_size
+
+
+def random_scale(n: int, groups: int, group_size: int) -> torch.Tensor:
+    """Scales of both signs with zeros of both signs; E4M3 of every bit pattern but the two NaNs."""
+    if group_size == 16:
+        bits = torch.randint(0, 254, (n, groups))
+        return torch.where(bits < 127, bits, bits + 1).to(torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.randn(n, groups) * 2.0 ** torch.randint(-4, 1, (n, groups))
+    zero = torch.rand(n, groups) < 0.1
+    return torch.where(zero, torch.zeros_like(scale).copysign(scale), scale).bfloat16()
+
+
+def exact_weight(qdata, scale, codebooks, per_tensor_scale, group_size: int, k: int) -> torch.Tensor:
+    """The definition of the format in fp64."""
+    codes = unpack(qdata, scale.shape[0], k).long()
+    magnitude, selector = load_scale(scale)
+    magnitude, selector = (t.repeat_interleave(group_size, dim=1)[:, :k] for t in (magnitude, selector))
+    w = magnitude.double() * codebooks.double()[selector.long(), codes]
+    return w if per_tensor_scale is None else w * per_tensor_scale.double()
+
+
+def random_weight(n: int, k: int, group_size: int, view: str) -> Weight:
+    """A random [n, k] weight; `view` says in which direction it is a slice of a larger one."""
+    above = 32 if view in ("rows", "both") else 0
+    left = math.lcm(64, group_size) if view in ("columns", "both") else 0
+    below, right = (16 if above else 0), (128 if left else 0)
+    # a slice ends at the end of a tile or of the whole weight, so a ragged one has nothing behind it
+    below, right = below * (n % 16 == 0), right * (k % 128 == 0)
+    big_n, big_k = above + n + below, left + k + right
+    qdata = pack(torch.randint(0, 16, (big_n, big_k), dtype=torch.uint8))
+    scale = random_scale(big_n, -(-big_k // group_size), group_size)
+    codebooks = torch.randn(2, 16).bfloat16()
+    per_tensor_scale = torch.tensor(0.0123) if group_size == 16 else None
+    exact = exact_weight(qdata, scale, codebooks, per_tensor_scale, group_size, big_k)
+    tiles = slice(above // 16, above // 16 - (-n // 16)), slice(left * 8, left * 8 - (-k // 64) * 512)
+    groups = slice(above, above + n), slice(left // group_size, left // group_size - (-k // group_size))
+    exact = exact[above : above + n, left : left + k]
+    return Weight(qdata[tiles], scale[groups], codebooks, per_tensor_scale, group_size, exact)
+
+
+def random_x(m: int, k: int, dtype: torch.dtype, layout: int) -> torch.Tensor:
+    """Return x [m, k]: contiguous, a column slice, or transposed."""
+    if layout == 0:
+        return torch.randn(m, k).to(dtype)
+    return torch.randn(m, k + 8).to(dtype)[:, 8:] if layout == 1 else torch.randn(k, m).to(dtype).T
+
+
+def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One unit in the last place of `dtype`, subnormals included: the interpreter cuts fp32 to bf16, it rounds not."""
+    info = torch.finfo(dtype)
+    return info.eps * (exact.abs() + info.smallest_normal)
+
+
+def linear_ratio(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """Error of `dispatch.linear` over: rounding of y's dtype + K + 8 fp32 roundings of the sum of magnitudes."""
+    y = dispatch.linear(x, *weight.stored, bias=bias)
+    exact = x.double() @ weight.exact.T
+    size = x.double().abs() @ weight.exact.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    assert (y.shape, y.dtype, y.is_contiguous()) == (exact.shape, x.dtype, True)
+    bound = rounding(exact, x.dtype) + (x.shape[1] + 8) * 2.0**-24 * size
+    return ratio(y, exact, bound)
+
+
+def dequantize_ratio(weight: Weight, dtype: torch.dtype) -> float:
+    """Error of `dispatch.dequantize` over the rounding of `dtype`; fp32 without per_tensor_scale must be exact."""
+    w = dispatch.dequantize(*weight.stored, weight.exact.shape[1], dtype)
+    assert (w.shape, w.dtype, w.is_contiguous()) == (weight.exact.shape, dtype, True)
+    if dtype == torch.float32 and weight.per_tensor_scale is None:
+        return 0.0 if torch.equal(w.double(), weight.exact) else math.inf
+    return ratio(w, weight.exact, rounding(weight.exact, dtype))
+
+
+def ratio(value: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
+    """Largest error over its bound; a NaN counts as infinite."""
+    worst = ((value.double() - exact).abs() / bound).nan_to_num(nan=math.inf)
+    return worst.max().item() if worst.numel() else 0.0
+
+
+def linear_results():
+    shapes, views, layouts = itertools.cycle(SHAPES), itertools.cycle(VIEWS + VIEWS[:3]), itertools.cycle(range(3))
+    for index, (group_size, m, dtype) in enumerate(itertools.product(GROUP_SIZES, TOKENS, DTYPES)):
+        (n, k), view, layout = next(shapes), next(views), next(layouts)
+        weight, x = random_weight(n, k, group_size, view), random_x(m, k, dtype, layout)
+        bias = torch.randn(n).to(dtype) if index % 2 else None
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view} x{layout} bias={bias is not None}"
+        yield {"kind": f"linear G={group_size}", "case": case, "ratio": linear_ratio(weight, x, bias)}
+
+
+def split_results():
+    """K long enough to be split; the last range of the second is short, that of the third empty."""
+    for (n, k), group_size, dtype in itertools.product(((20, 512), (20, 1100), (16, 4680)), (16, 128), DTYPES):
+        weight, x = random_weight(n, k, group_size, "whole"), random_x(3, k, dtype, 0)
+        splits = dispatch.choose_splits(n, k, 16)
+        assert splits > 1
+        case = f"M=3 N={n} K={k} G={group_size} {dtype} splits={splits}"
+        yield {"kind": "split K", "case": case, "ratio": linear_ratio(weight, x, torch.randn(n).to(dtype))}
+
+
+def dequantize_results():
+    views = itertools.cycle(VIEWS)
+    for group_size, (n, k), dtype in itertools.product(GROUP_SIZES, SHAPES[:6], DTYPES):
+        view = next(views)
+        case = f"N={n} K={k} G={group_size} {dtype} {view}"
+        weight = random_weight(n, k, group_size, view)
+        yield {"kind": f"dequantize G={group_size}", "case": case, "ratio": dequantize_ratio(weight, dtype)}
+
+
+def flip_scale(weight: Weight) -> None:
+    """Move the first group of row 17 to the other codebook."""
+    bits = weight.scale.view(dispatch.BITS[weight.scale.dtype])
+    bits[17, 0] ^= -(2**15) if bits.dtype == torch.int16 else 2**7
+
+
+def flip_code(weight: Weight) -> None:
+    """Change the code of row 17, column 8: the first byte of lane 5 in the second tile row."""
+    weight.qdata[1, 5 * 16] ^= 8
+
+
+def broken_results():
+    """The same checks on a weight that was damaged after its exact value was noted."""
+    for group_size, dtype, damage in itertools.product(GROUP_SIZES, DTYPES, (flip_scale, flip_code)):
+        weight = random_weight(33, 200, group_size, "whole")
+        weight.scale[17] = 1.5  # the damaged row is made of groups of one size
+        weight.codebooks.copy_(torch.stack([torch.linspace(-1, 1, 16), torch.linspace(2, 1, 16)]))
+        weight.exact = exact_weight(*weight.stored, 200)
+        damage(weight)
+        x = torch.rand(2, 200).to(dtype)  # no sign, so that the damages of a group cannot cancel
+        x[:, 8] = 8  # one code out of 200 must show through the rounding of y
+        for kind, worst in (("linear", linear_ratio(weight, x, None)), ("dequantize", dequantize_ratio(weight, dtype))):
+            yield {"kind": f"broken {kind}", "case": f"{damage.__name__} G={group_size} {dtype}", "ratio": worst}
+
+
+def special_results():
+    """Zeros of both signs, an infinite token, and x as large as fp32 goes."""
+    for group_size in GROUP_SIZES:
+        weight = random_weight(20, 150, group_size, "whole")
+        weight.scale.view(dispatch.BITS[weight.scale.dtype])[::2] = 0
+        weight.scale[1::2] = -0.0
+        zero = dispatch.linear(torch.randn(3, 150), *weight.stored)
+        yield {"kind": "special", "case": f"zero scales G={group_size}", "ratio": 2.0 * zero.abs().max().item()}
+    weight = random_weight(16, 128, 128, "whole")
+    weight.scale.fill_(2.0**-9), weight.codebooks.fill_(1.0)
+    for dtype in DTYPES:
+        x = torch.zeros(2, 128, dtype=dtype)
+        x[0, 0], x[1, 5] = math.inf, torch.finfo(dtype).max
+        y = dispatch.linear(x, *weight.stored)
+        good = bool((y[0] == math.inf).all()) and torch.equal(y[1], (x[1, 5] * 2.0**-9).expand(16))
+        yield {"kind": "special", "case": f"infinity and largest x {dtype}", "ratio": 0.0 if good else math.inf}
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    parts = (linear_results, split_results, dequantize_results, special_results, broken_results)
+    json.dump([result for part in parts for result in part()], sys.stdout, allow_nan=True)

@@ -1,0 +1,159 @@
+"""The kernels against an fp64 oracle, in Triton's interpreter; what `dispatch` rejects and chooses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HELPER = pathlib.Path(__file__).with_name("kernels_in_interpreter.py")
+GPU_SCRIPT = HELPER.parent.parent / "benchmarks" / "gpu_all.py"
+KINDS = [f"{kernel} G={group_size}" for kernel in ("linear", "dequantize") for group_size in (16, 32, 64, 128)]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def _interpreter_fault() -> str | None:
+    """Triton 3.6's interpreter converts arrays to scalars in a way that numpy 2.4 refuses."""
+    triton, numpy = importlib.metadata.version("triton"), importlib.metadata.version("numpy")
+    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of triton {triton} does not run with numpy {numpy}: install numpy<2.4"
+    return None
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """What the helper prints: a list of {"kind", "case", "ratio"}."""
+    if fault := _interpreter_fault():
+        pytest.skip(fault)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, str(HELPER)], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "split K", "special"])
+def test_error_is_within_rounding(results, kind):
+    mine = [r for r in results if r["kind"] == kind]
+    assert mine
+    too_far = [r for r in mine if not r["ratio"] <= 1]
+    assert not too_far, f"{len(too_far)} of {len(mine)} cases: {too_far[:5]}"
+
+
+@pytest.mark.parametrize("kind", ["broken linear", "broken dequantize"])
+def test_a_damaged_weight_is_noticed(results, kind):
+    mine = [r for r in results if r["kind"] == kind]
+    assert mine
+    unnoticed = [r for r in mine if not r["ratio"] > 1]
+    assert not unnoticed, f"{len(unnoticed)} of {len(mine)} damages stay inside the bound: {unnoticed[:5]}"
+
+
+def test_bound_is_tight_enough(results):
+    """Were the worst ratios far below 1, the bounds would prove little."""
+    assert max(r["ratio"] for r in results if r["kind"].startswith("dequantize")) > 0.4
+    assert max(r["ratio"] for r in results if r["kind"].startswith("linear")) > 0.4
+
+
+def _arguments(n: int = 32, k: int = 128, group_size: int = 64, **changes) -> dict:
+    arguments = {
+        "x": torch.zeros(2, k),
+        "qdata": torch.zeros(-(-n // 16), -(-k // 64) * 512, dtype=torch.uint8),
+        "scale": torch.zeros(n, -(-k // group_size), dtype=torch.bfloat16),
+        "codebooks": torch.zeros(2, 16, dtype=torch.bfloat16),
+        "per_tensor_scale": None,
+        "group_size": group_size,
+    }
+    return {**arguments, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 128)}, "x must be 2-D .* 3-D"),
+        ({"x": torch.zeros(2, 128, dtype=torch.float64)}, "float64"),
+        ({"x": torch.zeros(2, 129)}, r"qdata must be uint8 \[2, 1536\]"),
+        ({"group_size": 48}, "group_size 48"),
+        ({"scale": torch.zeros(32, 2)}, "float32 scales"),
+        ({"scale": torch.zeros(32, 3, dtype=torch.bfloat16)}, r"\[N, 2\], got \[32, 3\]"),
+        ({"scale": torch.zeros(2, 32, dtype=torch.bfloat16).T}, "scale must have stride 1"),
+        ({"qdata": torch.zeros(2, 1024, dtype=torch.int8)}, "int8"),
+        ({"codebooks": torch.zeros(16, dtype=torch.bfloat16)}, r"codebooks .* \[16\]"),
+        ({"per_tensor_scale": torch.zeros((), dtype=torch.bfloat16)}, "per_tensor_scale"),
+        ({"bias": torch.zeros(31)}, r"bias .* \[31\]"),
+    ],
+)
+def test_linear_rejects(changes, message):
+    from aaac_ao.kernels import dispatch
+
+    with pytest.raises(ValueError, match=message):
+        dispatch.linear(**_arguments(**changes))
+
+
+def test_a_grid_too_large_is_rejected():
+    from aaac_ao.kernels import dispatch
+
+    arguments = _arguments(x=torch.empty(2**38, 128, device="meta"))
+    arguments["qdata"], arguments["scale"] = arguments["qdata"].to("meta"), arguments["scale"].to("meta")
+    with pytest.raises(ValueError, match="split the input"):
+        dispatch.linear(**arguments)
+
+
+def test_empty_inputs_launch_nothing():
+    from aaac_ao.kernels import dispatch
+
+    y = dispatch.linear(**_arguments(x=torch.zeros(0, 128, dtype=torch.float16)))
+    assert y.shape == (0, 32)
+    assert y.dtype == torch.float16
+
+
+def test_table_covers_every_number_of_tokens():
+    from aaac_ao.kernels import dispatch
+
+    for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 10**6):
+        launch = dispatch.choose(tokens)
+        assert (launch.kernel is dispatch.decode_kernel) == (tokens <= 16)
+        assert launch.kernel is dispatch.gemm_kernel or launch.block_m >= tokens
+    assert all(launch.block_n % 16 == 0 for _, launch in dispatch.TABLE)
+
+
+def test_splits_fill_the_machine_and_keep_their_tiles():
+    from aaac_ao.kernels import dispatch
+
+    assert dispatch.choose_splits(64, 64, 16) == 1
+    assert dispatch.choose_splits(4096, 4096, 16) == 4
+    assert dispatch.choose_splits(128256, 4096, 16) == 1
+    for n, k in ((16, 512), (4096, 14336), (1, 10**6)):
+        splits = dispatch.choose_splits(n, k, 16)
+        assert splits == 1 or k / 64 / splits >= dispatch.MIN_TILES
+        assert splits <= dispatch.MAX_SPLITS
+
+
+def _gpu_script(part: str, out: pathlib.Path, *flags: str, **env: str) -> dict:
+    """The JSON that one part of the GPU script writes."""
+    command = [sys.executable, str(GPU_SCRIPT), "--part", part, "--out", str(out), *flags]
+    run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("part", ["environment", "large", "prefill"])
+def test_gpu_script_walks_through_its_parts_on_a_cpu(part, tmp_path):
+    if fault := _interpreter_fault():
+        pytest.skip(fault)
+    result = _gpu_script(part, tmp_path / "out.json", "--dry-run", TRITON_INTERPRET="1")
+    assert result.get("right", True)
+    assert all(row["us"] > 0 for row in result.get("rows", []))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_error_is_within_rounding_on_the_gpu(tmp_path):
+    result = _gpu_script("correctness", tmp_path / "out.json")
+    assert result["right"], result
