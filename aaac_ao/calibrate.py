@@ -54,8 +54,8 @@ def calibrate_(
 
     Raises:
         TypeError: a batch that is neither a tensor nor a mapping.
-        ValueError: no batches; no layer selected; weights or activations that are NaN or infinite; a selected layer that
-            no batch reaches. Nothing was changed then.
+        ValueError: no batches; no layer selected; weights or activations that are NaN or infinite; a selected layer
+            that no batch reaches. Nothing was changed then.
     """
     batches = _checked_batches(batches)
     layers = _selected_layers(model, filter_fn)
@@ -122,7 +122,7 @@ def _would_quantise(module: nn.Module, config: AAACConfig) -> bool:
 # running the model
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818  (a signal, not an error)
     """Leaves a forward pass after the last block: the output head is not needed."""
 
 

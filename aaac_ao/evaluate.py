@@ -96,7 +96,7 @@ def _logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def unigram_perplexity(train_ids: torch.Tensor, windows: torch.Tensor, vocab_size: int) -> float:
-    """Perplexity of the token frequencies of `train_ids` (add-one smoothed) on `windows`: what knowing nothing costs."""
+    """Perplexity of the token frequencies of `train_ids` (add-one smoothed) on `windows`: knowing nothing else."""
     counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1
     return float((-(counts / counts.sum()).log()[windows[:, 1:]].mean()).exp())
 

@@ -8,8 +8,8 @@ K in_features, all of them take the stored parts of an `AAACTensor`:
     codebooks         bf16 [2, 16]
     per_tensor_scale  fp32 0-D, or None
 
-The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU it is decoded to fp32
-in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
+The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU it is decoded to
+fp32 in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class AAACTensor(TorchAOBaseTensor):
         dtype: the dtype the weight is presented in, and its default dequantised dtype.
         transposed: whether this is the [K, N] view that `t()` returns.
 
-    Codebooks and per-tensor scale are inner tensors for dispatch and compilation (a plain attribute would be a guard that
-    recompiles every layer) but plain numbers for serialisation (tensors there must be laid out like the weight, or
+    Codebooks and per-tensor scale are inner tensors for dispatch and compilation (a plain attribute would be a guard
+    that recompiles every layer) but plain numbers for serialisation (tensors there must be laid out like the weight, or
     tensor-parallel loaders cut them): `codebook_values` and `per_tensor_scale_value` are those numbers.
 
     Raises:

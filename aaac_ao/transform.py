@@ -32,8 +32,8 @@ def transform(module: nn.Module, config: AAACConfig, *, parameter_name: str = "w
     changed, so that a refused model is left as it was.
 
     Raises:
-        ValueError, TypeError: a weight that cannot be quantised, or that saw no calibration batch; the message names the
-            layers.
+        ValueError, TypeError: a weight that cannot be quantised, or that saw no calibration batch; the message names
+            the layers.
     """
     weight = getattr(module, parameter_name)
     if isinstance(weight, AAACTensor):

@@ -67,10 +67,14 @@ class Encoding:
 def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None = None) -> Encoding:
     """Quantise a weight [out_features, in_features] with two books.
 
-    Minimises sum_nk h_k (w_nk - q_nk)^2, h = E[x^2] (1 without statistics): (1) scales from the largest magnitude of
-    each group; (2) two books by weighted k-means from a mirror pair; (3) alternating joint search of scale and book with
-    further k-means; (4) books rounded to bf16, everything re-assigned exactly. The fixed grids stand as candidates, so
-    that the result is never worse than any of them on this objective.
+    Minimises sum_nk h_k (w_nk - q_nk)^2 with h = E[x^2] (1 without statistics):
+
+    1. scales from the largest magnitude of each group;
+    2. two books by weighted k-means, from a mirror pair;
+    3. alternately, a joint search of scale and book per group and further k-means;
+    4. books rounded to bf16, everything re-assigned exactly.
+
+    The fixed grids stand as candidates: the result is never worse than any of them on this objective.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the

@@ -1,4 +1,4 @@
-"""Nearest-entry search in 16-entry books: exact codes, and fine tables for the many approximate searches of the encoder.
+"""Nearest-entry search in 16-entry books: exact codes, and fine tables for the encoder's many approximate searches.
 
 The distance of a scalar to its nearest entry depends on the scalar alone, so a table over fine bins replaces the search
 wherever only the error counts (choosing books and scales, k-means). Codes that are stored come from `nearest_codes`,

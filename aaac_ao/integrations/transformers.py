@@ -61,7 +61,8 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None) -> nn
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: a file that is truncated or not a checkpoint, or weights that are missing, left over or of wrong shape.
+        ValueError: a file that is truncated or not a checkpoint, or weights that are missing, left over or of wrong
+            shape.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
