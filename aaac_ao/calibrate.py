@@ -69,7 +69,7 @@ def calibrate_(
     with _evaluation_mode(model), torch.no_grad():
         inside = {id(module) for block in blocks for module in block.modules()}
         outside = {name: module for name, module in layers.items() if id(module) not in inside}
-        hidden, calls = _first_pass(model, blocks, batches, layers)
+        hidden, calls = _first_pass(model, blocks, batches, layers, to_the_end=bool(outside))
         _quantise_together(model, outside, config, batches)
         _quantise_blocks(blocks, layers, config, hidden, calls, progress)
     return model
@@ -162,9 +162,13 @@ def _hooks(handles: list) -> Iterator[None]:
 
 
 def _first_pass(
-    model: nn.Module, blocks: list[nn.Module], batches: list[Batch], layers: dict[str, nn.Module]
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batches: list[Batch],
+    layers: dict[str, nn.Module],
+    to_the_end: bool,
 ) -> tuple[list[torch.Tensor], list[list[Call]]]:
-    """Run all batches through the original model.
+    """Run all batches through the original model, `to_the_end` or just through its blocks.
 
     Returns:
         The inputs of the first block per batch, and per batch the other arguments of every block.
@@ -187,7 +191,7 @@ def _first_pass(
     def check(module, args, output):
         if not bool(torch.isfinite(_hidden_states(output)).all()):
             raise ValueError(f"batch {len(calls) - 1} gives NaN or infinite hidden states; nothing was changed")
-        if all(module is not other for other in layers.values() if id(other) not in reached):
+        if not to_the_end:
             raise _Stop
 
     handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]

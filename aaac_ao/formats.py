@@ -49,14 +49,14 @@ class ScaleFormat:
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
     def round(self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> torch.Tensor:
-        """Positive fp32 scales, rounded to the nearest storable ones (fp32). Zero stays zero."""
+        """Positive fp32 scales, rounded to the nearest storable finite ones (fp32). Zero stays zero."""
         if per_tensor_scale is None:
-            return scale.to(self.scale_dtype).float()
+            return scale.clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype).float()
         code = (scale / per_tensor_scale).clamp(E4M3_MIN, E4M3_MAX).to(self.scale_dtype).float()
         return torch.where(scale > 0, code * per_tensor_scale, torch.zeros_like(scale))
 
     def candidates(self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> list[torch.Tensor]:
-        """Storable scales from about 0.6 to 1.3 of `scale`, for a joint search of scale and book."""
+        """Storable scales from about 0.6 to 1.5 of `scale`, for a joint search of scale and book."""
         if per_tensor_scale is None:
             return [self.round(scale * factor, None) for factor in SCALE_FACTORS]
         # consecutive E4M3 codes are consecutive integers of their bit patterns

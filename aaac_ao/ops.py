@@ -21,7 +21,7 @@ from aaac_ao.packing import TILE_COLUMNS, TILE_ROWS, bytes_of_rows, ceil_div, na
 
 #: Decoded weights held at a time on the CPU; with all temporaries about 12 bytes each.
 CHUNK_WEIGHTS = 1 << 20
-#: Input elements converted to fp32 at a time on the CPU.
+#: Input elements converted to fp32, and fp32 results held, at a time on the CPU.
 CHUNK_INPUTS = 1 << 20
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,16 +43,18 @@ def linear(
         TypeError: x is of another dtype.
     """
     _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
-    _check_operands(x, qdata, bias)
+    _check_operands(x, qdata, scale, bias)
     out_features = scale.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(len(flat), out_features)
+    # neither the inputs of a block nor its results are more than CHUNK_INPUTS
+    block_rows = max(1, CHUNK_INPUTS // max(x.shape[-1], min(_rows_per_chunk(qdata), out_features)))
     for start in range(0, out_features, _rows_per_chunk(qdata)):
         stop = min(start + _rows_per_chunk(qdata), out_features)
         part = qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)]
         w = _decode(natural_bytes(part)[: stop - start], scale[start:stop], codebooks, group_size, x.shape[-1])
-        for rows in range(0, len(flat), max(1, CHUNK_INPUTS // x.shape[-1])):
-            block = slice(rows, rows + max(1, CHUNK_INPUTS // x.shape[-1]))
+        for rows in range(0, len(flat), block_rows):
+            block = slice(rows, rows + block_rows)
             result = flat[block].float() @ w.t()
             if per_tensor_scale is not None:
                 result *= per_tensor_scale
@@ -67,7 +69,7 @@ def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
     from aaac_ao.kernels import dispatch
 
     _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
-    _check_operands(x, qdata, bias)
+    _check_operands(x, qdata, scale, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = dispatch.linear(flat, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
     return y.view(*x.shape[:-1], scale.shape[0])
@@ -75,6 +77,8 @@ def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
 
 @linear.register_fake
 def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
+    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_operands(x, qdata, scale, bias)
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
@@ -92,7 +96,7 @@ def _backward(ctx, grad):
         w = dequantize(qdata, scale, codebooks, per_tensor_scale, ctx.group_size, ctx.in_features, grad.dtype)
         grad_x = grad @ w
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, None, None, None, None, grad_bias
 
 
@@ -137,6 +141,8 @@ def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype)
 
 @dequantize.register_fake
 def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
+    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_dtype("dtype", dtype)
     return qdata.new_empty(scale.shape[0], in_features, dtype=dtype)
 
 
@@ -151,6 +157,8 @@ def dequantize_rows(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The rows listed in `rows` (1-D int64, 0 <= row < N) of the weight: [len(rows), in_features] in `dtype`."""
+    if len(rows) == 0:
+        return torch.empty(0, in_features, dtype=dtype, device=qdata.device)
     bits = scale.view(torch.uint8).view(*scale.shape, -1)[rows].flatten(1).view(scale.dtype)
     w = _decode(bytes_of_rows(qdata, rows), bits, codebooks, group_size, in_features)
     return (w if per_tensor_scale is None else w.mul_(per_tensor_scale)).to(dtype)
@@ -196,8 +204,10 @@ def _check_parts(
         raise ValueError(f"parts on different devices: {qdata.device}, {scale.device}, {codebooks.device}")
 
 
-def _check_operands(x: torch.Tensor, qdata: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_operands(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
     _check_dtype("x", x.dtype)
+    if bias is not None and tuple(bias.shape) != (scale.shape[0],):
+        raise ValueError(f"bias must have shape [{scale.shape[0]}], got {list(bias.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != qdata.device:
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}; move one of them")

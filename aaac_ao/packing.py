@@ -38,7 +38,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     rows, row_bytes = packed_shape(n, k)
     columns = row_bytes // TILE_BYTES
     codes = torch.nn.functional.pad(codes, (0, columns * TILE_COLUMNS - k, 0, rows * TILE_ROWS - n))
-    natural = (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(torch.int32)
+    natural = (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous().view(torch.int32)
     words = natural.view(rows, 2, 8, columns, 2, 4).permute(0, 3, 2, 5, 4, 1)
     return words.reshape(rows, row_bytes // 4).view(torch.uint8)
 
@@ -59,7 +59,7 @@ def bytes_of_rows(qdata: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     words = qdata.view(torch.int32).view(qdata.shape[0], -1, 8, 4, 2, 2)
     tile, h, g = rows // TILE_ROWS, rows % TILE_ROWS // 8, rows % 8
     # [len(rows), tile column, t, c] -> c before t
-    return words[tile, :, g, :, :, h].permute(0, 1, 3, 2).reshape(len(rows), -1).view(torch.uint8)
+    return words[tile, :, g, :, :, h].permute(0, 1, 3, 2).flatten(1).view(torch.uint8)
 
 
 def unpack(qdata: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:

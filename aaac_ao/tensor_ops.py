@@ -34,7 +34,7 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
             return _linear(a, b, bias)
         b = _scaled_dequantize(b, a.dtype)
     elif isinstance(a, AAACTensor):
-        b = b.dequantize() if isinstance(b, AAACTensor) else b
+        b = _scaled_dequantize(b, b.dtype) if isinstance(b, AAACTensor) else b
         a = _scaled_dequantize(a, b.dtype)
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
@@ -47,11 +47,14 @@ def _scaled_dequantize(weight: AAACTensor, dtype: torch.dtype) -> torch.Tensor:
     return w
 
 
+def _linear_arguments(input, weight, bias=None):
+    return input, weight, bias
+
+
 @implements(aten.linear.default)
 @implements_torch_function(torch.nn.functional.linear)
 def _(func, types, args, kwargs):
-    x, weight, bias = fill_defaults(args, 3, [None])
-    bias = kwargs.get("bias", bias)
+    x, weight, bias = _linear_arguments(*args, **kwargs)
     if isinstance(x, AAACTensor) or not isinstance(weight, AAACTensor):
         raise TypeError(f"linear takes a plain input and an AAACTensor weight, got {type(x)} and {type(weight)}")
     if weight.transposed:
@@ -69,9 +72,11 @@ def _(func, types, args, kwargs):
 @implements(aten.addmm.default)
 def _(func, types, args, kwargs):
     bias, a, b = args
-    if kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1 and bias.dim() == 1:
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if alpha == 1 and beta == 1 and bias.shape == b.shape[1:]:
         return _matmul(a, b, bias)
-    return kwargs.get("beta", 1) * bias + kwargs.get("alpha", 1) * _matmul(a, b)
+    product = alpha * _matmul(a, b)
+    return product + beta * bias if beta != 0 else product  # beta 0 ignores the bias, NaN or not
 
 
 # views
@@ -83,14 +88,32 @@ def _wrap(func, args, kwargs, out: AAACTensor) -> AAACTensor:
 
 @implements(aten.t.default)
 def _(func, types, args, kwargs):
-    return _wrap(func, args, kwargs, args[0]._replace(transposed=not args[0].transposed))
+    return _wrap(func, args, kwargs, _transpose(args[0], True))
 
 
 @implements(aten.transpose.int)
 def _(func, types, args, kwargs):
-    weight, dims = args[0], {dim % 2 for dim in args[1:3]}
-    flipped = weight.transposed != (len(dims) == 2)
-    return _wrap(func, args, kwargs, weight._replace(transposed=flipped))
+    return _wrap(func, args, kwargs, _transpose(args[0], _dim(args[1]) != _dim(args[2])))
+
+
+@implements(aten.permute.default)
+def _(func, types, args, kwargs):
+    dims = [_dim(dim) for dim in args[1]]
+    if sorted(dims) != [0, 1]:
+        raise ValueError(f"an AAACTensor has two dimensions, it cannot be permuted to {list(args[1])}")
+    return _wrap(func, args, kwargs, _transpose(args[0], dims == [1, 0]))
+
+
+def _transpose(weight: AAACTensor, flip: bool) -> AAACTensor:
+    out = weight._replace(transposed=weight.transposed != flip)
+    out.partial_view = weight.partial_view
+    return out
+
+
+def _dim(dim: int) -> int:
+    if not -2 <= dim < 2:
+        raise IndexError(f"an AAACTensor has two dimensions, got dimension {dim}")
+    return dim % 2
 
 
 @implements(aten.view.default)
@@ -105,7 +128,7 @@ def _(func, types, args, kwargs):
 
 def _slice(weight: AAACTensor, dim: int, start: int, stop: int) -> AAACTensor:
     """Rows or columns [start, stop) as a view; they must not cut a tile or a group."""
-    rows = (dim % 2 == 0) != weight.transposed
+    rows = (_dim(dim) == 0) != weight.transposed
     size, unit = (weight.out_features, row_unit()) if rows else (weight.in_features, column_unit(weight))
     start, stop = (min(max(edge + size if edge < 0 else edge, 0), size) for edge in (start, stop))
     if stop <= start:
@@ -161,12 +184,12 @@ def _(func, types, args, kwargs):
 # rows
 
 
-def _rows(weight: AAACTensor, index: torch.Tensor) -> torch.Tensor:
+def _rows(weight: AAACTensor, index: torch.Tensor, negative: bool = True) -> torch.Tensor:
     """Dense rows of the [N, K] weight for an index tensor of any shape: [*index.shape, K]."""
-    if index.dtype == torch.bool:
-        index = index.nonzero().squeeze(1)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise IndexError(f"rows of an AAACTensor are indexed with int32 or int64, got {index.dtype}")
     flat, n = index.reshape(-1).to(weight.device, torch.int64), weight.out_features
-    if flat.numel() and (int(flat.min()) < -n or int(flat.max()) >= n):
+    if flat.numel() and (int(flat.min()) < (-n if negative else 0) or int(flat.max()) >= n):
         raise IndexError(f"row index out of range for {n} rows: {int(flat.min())} to {int(flat.max())}")
     dense = ops.dequantize_rows(flat % n, *weight._parts(), weight.group_size, weight.in_features, weight.dtype)
     return dense.view(*index.shape, weight.in_features)
@@ -189,16 +212,21 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     weight, indices = args
     _needs_rows(weight, "indexing")
-    if len(indices) != 1 or indices[0] is None:
+    index = indices[0]
+    if index is not None and index.dtype == torch.bool and tuple(index.shape) == (weight.out_features,):
+        index = index.nonzero().squeeze(1)
+    if len(indices) != 1 or index is None or index.dtype in (torch.bool, torch.uint8):
         return weight.dequantize()[tuple(slice(None) if index is None else index for index in indices)]
-    return _rows(weight, indices[0])
+    return _rows(weight, index)
 
 
 @implements(aten.index_select.default)
 def _(func, types, args, kwargs):
     weight, dim, index = args
     _needs_rows(weight, "index_select")
-    return _rows(weight, index) if dim % 2 == 0 else weight.dequantize().index_select(dim, index)
+    if _dim(dim) == 1 or index.dim() > 1:
+        return weight.dequantize().index_select(dim, index)
+    return _rows(weight, index.reshape(-1), negative=False)
 
 
 @implements(aten.embedding.default)
@@ -207,7 +235,7 @@ def _(func, types, args, kwargs):
     # the aten op takes (weight, indices), the function (indices, weight)
     weight, index = (args[0], args[1]) if isinstance(args[0], AAACTensor) else (args[1], args[0])
     _needs_rows(weight, "an embedding")
-    return _rows(weight, index)
+    return _rows(weight, index, negative=False)
 
 
 # joining and copying
@@ -285,8 +313,16 @@ def _(func, types, args, kwargs):
     if not target["dtype"].is_floating_point or target["dtype"] not in ops.FLOAT_DTYPES:
         raise TypeError(f"an AAACTensor presents float32, bfloat16 or float16, not {target['dtype']}")
     device, non_blocking = target["device"], kwargs.get("non_blocking", False)
-    moved = {name: part.to(device, non_blocking=non_blocking) for name, part in weight._inner().items()}
+    # copy: on the same device `to` would return the very parts, and writing to the result would change the source
+    moved = {name: part.to(device, non_blocking=non_blocking, copy=True) for name, part in weight._inner().items()}
     return _wrap(func, args, kwargs, weight._replace(**moved, dtype=target["dtype"]))
+
+
+@implements(aten.clone.default)
+def _(func, types, args, kwargs):
+    out = args[0]._apply_fn_to_data(lambda part: func(part, *args[1:], **kwargs))
+    out.partial_view = False  # it owns its codebooks
+    return _wrap(func, args, kwargs, out)
 
 
 @implements(aten.empty_like.default)

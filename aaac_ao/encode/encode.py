@@ -221,6 +221,7 @@ def _assign(
         codes.append(chosen.flatten(1)[:, : groups.columns].to(torch.uint8))
         selectors.append(selector)
         scales.append(scale)
-        picked = torch.where(selector[..., None], squared[1], squared[0]) * scale.square()[..., None]
-        error += (picked * importance).double().sum()
+        picked = torch.where(selector[..., None], squared[1], squared[0])
+        # the square of a scale may leave the range of fp32
+        error += ((picked * importance).sum(-1).double() * scale.double().square()).sum()
     return Encoding(torch.cat(codes), torch.cat(selectors), torch.cat(scales), books, pts, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from aaac_ao.encode.nearest import BINS, NearestTable
+from aaac_ao.encode.scales import reciprocal
 
 
 def lloyd(
@@ -28,7 +29,7 @@ def lloyd(
     """
     table = NearestTable(codebooks, top=1.0)
     bins = table.bins(u)
-    mass = _exact_summands(importance * scale.square()[..., None])
+    mass = _exact_summands(importance * (scale * reciprocal(scale.max())).square()[..., None])
     for _ in range(iterations):
         errors = table.group_errors(bins, importance)
         book = (errors[1] < errors[0]).to(torch.int32)
@@ -50,5 +51,5 @@ def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: tor
 def _exact_summands(mass: torch.Tensor) -> torch.Tensor:
     """Masses scaled and rounded to integers whose sums are exact in fp64: the order of summation cannot matter."""
     mass = mass.reshape(-1).double()
-    largest = mass.max().clamp(min=1e-300)
+    largest = mass.max().clamp(min=1e-200)
     return (mass * (2.0**52 / (mass.numel() * largest))).round_()

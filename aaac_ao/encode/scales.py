@@ -10,8 +10,8 @@ from aaac_ao.encode.nearest import RANGE, NearestTable
 
 
 def reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale, and 0 where the scale is 0: an all-zero group normalises to zeros."""
-    return torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    """1 / scale, and 0 where that could overflow (0 and subnormal scales): such a group normalises to zeros."""
+    return torch.where(scale >= torch.finfo(scale.dtype).tiny, 1 / scale, torch.zeros_like(scale))
 
 
 def search_scales(
@@ -34,10 +34,12 @@ def search_scales(
         [rows, groups] the best candidates.
     """
     amax = groups.abs().amax(-1)
+    unit = reciprocal(amax)
     best_error, best_scale = torch.full_like(amax, float("inf")), candidates[0]
     for scale in candidates:
         bins = table.bins(groups * reciprocal(scale)[..., None])
-        error = table.group_errors(bins, importance).amin(0) * scale.square()
+        # relative to the group's magnitude, because the square of a scale may leave the range of fp32
+        error = table.group_errors(bins, importance).amin(0) * (scale * unit).square()
         # beyond the table's range errors would be understated
         better = (error < best_error) & (amax <= RANGE * top * scale)
         best_error = torch.where(better, error, best_error)

@@ -6,6 +6,7 @@ The files are ordinary transformers checkpoints: `from_pretrained` reads them wh
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None) -> nn
     if path.is_absolute() and not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory with a model")
     try:
+        _check_complete(path)
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype="auto" if dtype is None else dtype, output_loading_info=True
         )
@@ -79,4 +81,36 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None) -> nn
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{name_or_path} does not fit its model, some weights would be random: {wrong}")
+    _allow_saving_again(model)
     return model.eval()
+
+
+def _check_complete(directory: Path) -> None:
+    """Raise a ValueError that names the quantised weights of which a part is not in the files of a local checkpoint."""
+    from safetensors import safe_open
+
+    keys, parts = set(), {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            keys.update(opened.keys())
+            metadata = opened.metadata() or {}
+        for name in json.loads(metadata.get("tensor_names", "[]")):
+            described = json.loads(metadata[name])
+            if described["_type"] == AAACTensor.__name__:
+                module, parameter = name.rsplit(".", 1)
+                parts.update({f"{module}._{parameter}_{part}": name for part in described["_tensor_data_names"]})
+    missing = sorted({name for key, name in parts.items() if key not in keys})
+    if missing:
+        raise ValueError(f"parts of these weights are missing: {', '.join(missing)}")
+
+
+def _allow_saving_again(model: nn.Module) -> None:
+    """Drop the note that weights were read through torchao: transformers cannot reverse that step, nor need it."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    plain = [c for c in conversions if "TorchAoDeserialize" not in {type(o).__name__ for o in _operations(c)}]
+    if len(plain) < len(conversions):
+        model._weight_conversions = plain
+
+
+def _operations(conversion: Any) -> list:
+    return getattr(conversion, "operations", None) or []

@@ -1,0 +1,1 @@
+"""Benchmarks: every figure that the documents claim, as a script that prints it."""

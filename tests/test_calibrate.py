@@ -1,0 +1,211 @@
+"""`calibrate_`: the same result as observing the whole model, block by block, all or nothing."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import quantize_
+
+from aaac_ao import AAACConfig, AAACTensor, calibrate_
+from aaac_ao.calibrate import find_blocks
+from aaac_ao.observer import ObserverTensor
+
+CONFIG = AAACConfig(group_size=64)
+
+
+def ids(batches: int = 3) -> list[torch.Tensor]:
+    return [torch.randint(0, 97, (2, 11 + i)) for i in range(batches)]
+
+
+def quantised(model: nn.Module) -> dict[str, AAACTensor]:
+    return {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), AAACTensor)}
+
+
+def observed_at_once(model: nn.Module, batches) -> nn.Module:
+    model = copy.deepcopy(model)
+    inside = lambda module, name: isinstance(module, nn.Linear) and name != "lm_head"  # noqa: E731
+    quantize_(model, AAACConfig(group_size=64, step="prepare"), inside)
+    for batch in batches:
+        with torch.no_grad():
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    quantize_(model, AAACConfig(group_size=64, step="convert"), inside)
+    return model
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    left, right = quantised(a), quantised(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_equals_observing_the_whole_model(tiny_llama):
+    model, batches = tiny_llama(), ids()
+    expected = observed_at_once(model, batches)
+    assert calibrate_(model, CONFIG, batches, progress=False) is model
+    assert same_weights(model, expected)
+    assert len(quantised(model)) == 14
+    assert "lm_head" not in quantised(model)
+
+
+def test_dicts_with_padding_masks(tiny_llama):
+    model = tiny_llama()
+    batches = [{"input_ids": b, "attention_mask": (torch.arange(b.shape[1]) < 7).expand(b.shape).long()} for b in ids()]
+    expected = observed_at_once(model, batches)
+    calibrate_(model, CONFIG, batches, progress=False)
+    assert same_weights(model, expected)
+
+
+def test_only_one_block_is_observed_at_a_time(tiny_llama, monkeypatch):
+    model = tiny_llama(layers=3)
+    alive = []
+    original = ObserverTensor.observe
+
+    def observe(self, x):
+        alive.append(sum(isinstance(m.weight, ObserverTensor) for m in model.modules() if isinstance(m, nn.Linear)))
+        original(self, x)
+
+    monkeypatch.setattr(ObserverTensor, "observe", observe)
+    calibrate_(model, CONFIG, ids(), progress=False)
+    assert max(alive) == 7
+
+
+def test_layers_outside_the_blocks_are_included_when_asked_for(tiny_llama):
+    model, batches = tiny_llama(), ids()
+    reference = copy.deepcopy(model)
+    calibrate_(model, CONFIG, batches, lambda module, name: True, progress=False)
+    assert "lm_head" in quantised(model)
+    seen = []
+    reference.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            reference(batch)
+    from aaac_ao.encode import Statistics
+
+    moment = torch.cat(seen).square().mean(0)
+    expected = AAACTensor.from_hp(reference.lm_head.weight, CONFIG, Statistics(moment, 1))
+    close = (model.lm_head.weight.dequantize() - expected.dequantize()).norm() / expected.dequantize().norm()
+    assert close < 1e-3
+
+
+def test_any_model_without_blocks():
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 128))
+    calibrate_(model, CONFIG, [torch.randn(5, 64)], progress=False)
+    assert len(quantised(model)) == 2
+
+
+class Alternating(nn.Module):
+    """Blocks that take different arguments, as models with alternating attention masks do."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, hidden_states, shift=0.0):
+            return (hidden_states + self.linear(hidden_states + shift),)
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(97, 64)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden_states=hidden, shift=float(index))[0]
+        return SimpleNamespace(logits=hidden)
+
+
+def test_every_block_gets_its_own_arguments():
+    model, batches = Alternating(), ids()
+    assert find_blocks(model) == list(model.blocks)
+    expected = observed_at_once(model, batches)
+    calibrate_(model, CONFIG, batches, progress=False)
+    assert same_weights(model, expected)
+
+
+def test_training_mode_and_cache_setting_survive(tiny_llama):
+    model = tiny_llama().train()
+    calibrate_(model, CONFIG, ids(), progress=False)
+    assert model.training
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "match"),
+    [
+        ([], ValueError, "empty"),
+        (torch.zeros(1, 4, dtype=torch.long), TypeError, "wrap it in a list"),
+        ({"input_ids": 1}, TypeError, "wrap it in a list"),
+        (["text"], TypeError, "batch 0 .* got str"),
+        ([torch.zeros(1, 4, dtype=torch.long), 3], TypeError, "batch 1 .* got int"),
+        ([torch.zeros(0, 4, dtype=torch.long)], ValueError, "batch 0 is empty"),
+    ],
+)
+def test_bad_batches(tiny_llama, batches, error, match):
+    model = tiny_llama()
+    with pytest.raises(error, match=match):
+        calibrate_(model, CONFIG, batches, progress=False)
+    assert not quantised(model)
+
+
+def test_unreached_layers_are_named(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[1].extra = nn.Linear(128, 128)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.extra: no calibration batch reaches it"):
+        calibrate_(model, CONFIG, ids(), progress=False)
+    assert not quantised(model)
+
+
+def test_bad_weights_are_refused_before_any_work(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: .*NaN"):
+        calibrate_(model, CONFIG, ids(), progress=False)
+    assert not quantised(model)
+
+
+def test_broken_activations_are_refused(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="batch 0 gives NaN or infinite"):
+        calibrate_(model, CONFIG, ids(), progress=False)
+    assert not quantised(model)
+
+
+def test_an_interrupted_run_leaves_a_running_model_and_goes_on(tiny_llama, monkeypatch):
+    model, batches = tiny_llama(), ids()
+    expected = observed_at_once(model, batches)
+    import aaac_ao.calibrate as calibrate
+
+    original, calls = calibrate.transform, []
+
+    def failing(module, config):
+        calls.append(config.step)
+        if calls.count("convert") == 9:
+            raise KeyboardInterrupt
+        return original(module, config)
+
+    monkeypatch.setattr(calibrate, "transform", failing)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_(model, CONFIG, batches, progress=False)
+    assert not any(isinstance(getattr(m, "weight", None), ObserverTensor) for m in model.modules())
+    model(batches[0])
+    done = len(quantised(model))
+    assert 7 <= done < 14
+    monkeypatch.setattr(calibrate, "transform", original)
+    calibrate_(model, CONFIG, batches, progress=False)
+    assert quantised(model).keys() == quantised(expected).keys()
+
+
+def test_nothing_to_do_is_a_warning(tiny_llama, caplog):
+    model = tiny_llama()
+    calibrate_(model, CONFIG, ids(), progress=False)
+    calibrate_(model, CONFIG, ids(), progress=False)
+    assert "quantised already" in caplog.text
+    with pytest.raises(ValueError, match=r"no nn\.Linear is selected"):
+        calibrate_(model, CONFIG, ids(), lambda module, name: False, progress=False)

@@ -1,0 +1,49 @@
+"""Greedy generation equals transformers' own, compiled as one graph."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torchao.quantization import quantize_
+
+from aaac_ao import AAACConfig
+from aaac_ao.generate import generate
+
+
+def reference(model, prompt, new_tokens):
+    """Greedy decoding without any cache."""
+    ids = prompt[None]
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0]
+
+
+@pytest.mark.parametrize("config", [None, AAACConfig(format="nvfp4"), AAACConfig(group_size=64)])
+def test_equals_decoding_without_a_cache(tiny_llama, config):
+    model = tiny_llama()
+    if config is not None:
+        quantize_(model.model, config)
+    prompt = torch.randint(0, 97, (5,))
+    assert torch.equal(generate(model, prompt, 12, compile_step=False).ids, reference(model, prompt, 12))
+
+
+def test_compiled_decoding_is_one_graph_for_all_steps(tiny_llama):
+    model = tiny_llama(layers=3)
+    quantize_(model.model, AAACConfig(format="nvfp4"))
+    prompt = torch.randint(0, 97, (5,))
+    torch._dynamo.reset()
+    counters.clear()
+    result = generate(model, prompt, 10)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert torch.equal(result.ids, reference(model, prompt, 10))
+    assert result.tokens_per_second > 0
+
+
+def test_bad_requests(tiny_llama):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="64 positions"):
+        generate(model, torch.zeros(60, dtype=torch.long), 10)
+    for prompt in (torch.zeros(0, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="1-D prompt"):
+            generate(model, prompt, 10)
