@@ -20,7 +20,7 @@ from tqdm import tqdm
 from aaac_ao.config import AAACConfig
 from aaac_ao.observer import ObserverTensor
 from aaac_ao.tensor import AAACTensor
-from aaac_ao.transform import problem_with, raise_problems, transform
+from aaac_ao.transform import apply_step, problem_with, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -245,15 +245,15 @@ def _quantise_blocks(
 @contextmanager
 def _observing(layers: dict[str, nn.Module], config: AAACConfig) -> Iterator[None]:
     """Observe the inputs of layers while the context runs, then quantise them; restore them if it fails."""
+    prepare, convert = (dataclasses.replace(config, step=step) for step in ("prepare", "convert"))
     originals = {name: module.weight for name, module in layers.items()}
     try:
         for module in layers.values():
-            transform(module, dataclasses.replace(config, step="prepare"))
+            apply_step(module, prepare)
         yield
-        convert = dataclasses.replace(config, step="convert")
         raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, convert)) is not None})
         for module in layers.values():
-            transform(module, convert)
+            apply_step(module, convert)
     except BaseException:
         for name, module in layers.items():
             if isinstance(module.weight, ObserverTensor):

@@ -66,6 +66,9 @@ class AAACConfig(AOBaseConfig):
         _check_integer("iterations", self.iterations)
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        _check_integer("version", self.version)
+        if self.version != 1:
+            raise ValueError(f"version {self.version} is not known to this aaac_ao, which writes 1; upgrade aaac_ao")
         if not isinstance(self.scale_search, bool):
             raise TypeError(f"scale_search must be a bool, got {self.scale_search!r}")
         if self.rounding == "gptq":

@@ -18,6 +18,7 @@ TILE_BYTES = TILE_ROWS * TILE_COLUMNS // 2
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
@@ -30,10 +31,12 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     """Pack codes [N, K] (uint8, 0..15) into `qdata`; ragged edges are filled with code 0.
 
     Raises:
-        ValueError: codes are not a 2-D uint8 tensor.
+        ValueError: codes are not a 2-D uint8 tensor, or one is above 15.
     """
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise ValueError(f"codes must be a 2-D uint8 tensor, got {codes.dim()}-D {codes.dtype}")
+    if codes.numel() and int(codes.max()) > 15:
+        raise ValueError(f"codes must be 0..15, got {int(codes.max())}")
     n, k = codes.shape
     rows, row_bytes = packed_shape(n, k)
     columns = row_bytes // TILE_BYTES

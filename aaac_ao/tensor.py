@@ -100,6 +100,8 @@ class AAACTensor(TorchAOBaseTensor):
             raise ValueError(f"not an AAACTensor: codebooks must be [2, 16], got {list(codebook_values.shape)}")
         if (scale.dtype == torch.float8_e4m3fn) != (per_tensor_scale_value is not None):
             raise ValueError(f"not an AAACTensor: scale {scale.dtype} with per_tensor_scale {per_tensor_scale_value}")
+        if act_pre_scale is not None and tuple(act_pre_scale.shape) != (self.shape[0 if transposed else 1],):
+            raise ValueError(f"not an AAACTensor: act_pre_scale {list(act_pre_scale.shape)} of {list(self.shape)}")
         self.qdata, self.scale, self.codebooks = qdata, scale, codebook_values
         self.per_tensor_scale, self.act_pre_scale = per_tensor_scale_value, act_pre_scale
         self.group_size, self.k_pad, self.transposed = group_size, k_pad, transposed
@@ -216,6 +218,15 @@ class AAACTensor(TorchAOBaseTensor):
     def __tensor_flatten__(self):
         attributes = ("group_size", "k_pad", "dtype", "transposed")
         return list(self._inner()), {name: getattr(self, name) for name in attributes}
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """The operators of `tensor_ops`; any other is tried in parts, which inference mode leaves whole."""
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, outer_size, outer_stride):

@@ -21,7 +21,10 @@ implements_torch_function = AAACTensor.implements_torch_function
 
 
 def _linear(x: torch.Tensor, weight: AAACTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """X W^T + bias, where W is the [N, K] weight whatever view of it is at hand."""
+    """Compute x W^T + bias, where W is the [N, K] weight whatever view of it is at hand."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     if weight.act_pre_scale is not None:
         x = x * weight.act_pre_scale.to(x.dtype)
     return ops.linear(x, *weight._parts(), weight.group_size, bias)

@@ -48,8 +48,16 @@ def transform(module: nn.Module, config: AAACConfig, *, parameter_name: str = "w
         return module
     if config.step != "prepare_for_loading":
         _check_selected(module, config, parameter_name)
-    _set_weight(module, parameter_name, _next_weight(weight, config))
+    apply_step(module, config, parameter_name)
     return module
+
+
+def apply_step(module: nn.Module, config: AAACConfig, parameter_name: str = "weight") -> None:
+    """Replace `module.<parameter_name>` by what follows it in `config.step`; for weights that were checked before."""
+    weight = _next_weight(getattr(module, parameter_name), config)
+    setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
+    if isinstance(module, nn.Linear) and isinstance(weight, AAACTensor):
+        module.extra_repr = types.MethodType(_linear_repr, module)
 
 
 def _next_weight(weight: torch.Tensor, config: AAACConfig) -> torch.Tensor:
@@ -61,12 +69,6 @@ def _next_weight(weight: torch.Tensor, config: AAACConfig) -> torch.Tensor:
     if config.step == "convert":
         return AAACTensor.from_hp(weight.hp_data, config, weight.statistics())
     return AAACTensor.from_hp(weight.detach(), config)
-
-
-def _set_weight(module: nn.Module, parameter_name: str, weight: torch.Tensor) -> None:
-    setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
-    if isinstance(module, nn.Linear) and isinstance(weight, AAACTensor):
-        module.extra_repr = types.MethodType(_linear_repr, module)
 
 
 def _linear_repr(module: nn.Linear) -> str:

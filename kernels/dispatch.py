@@ -68,6 +68,7 @@ def choose_splits(out_features: int, in_features: int, block_n: int) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from tensor_oracle import BOTH
 
 import aaac_ao  # noqa: F401  (first, so that its import is what every test sees)
 
@@ -17,6 +18,12 @@ def seed(request):
     request.node.add_report_section("setup", "seed", f"AAAC_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(params=BOTH, ids=lambda kind: kind[0])
+def kind(request):
+    """A (format, group_size) of each format."""
+    return request.param
 
 
 @pytest.fixture

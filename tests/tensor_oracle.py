@@ -6,12 +6,13 @@ weight under test goes through the package (`test_packing` and the golden bytes 
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
 import torch
 
 from aaac_ao import AAACTensor
-from aaac_ao.packing import pack
+from aaac_ao.packing import pack, unpack
 
 #: Every storable kind of weight: (format, group_size).
 KINDS = [("int4", 128), ("int4", 64), ("int4", 32), ("nvfp4", 16)]
@@ -88,3 +89,20 @@ def assert_rounded(actual: torch.Tensor, w: torch.Tensor) -> None:
     bound = w.abs() * (info.eps / 2 + 3 * 2.0**-24) + info.smallest_normal * info.eps
     assert actual.shape == w.shape, (actual.shape, w.shape)
     assert bool(((actual.detach().double() - w).abs() <= bound).all())
+
+
+def of_tensor(w: AAACTensor) -> torch.Tensor:
+    """What a stored [N, K] weight means, fp64, from its parts."""
+    codes = unpack(w.qdata, w.out_features, w.in_features)
+    return dense_of(codes, w.scale, w.codebooks, w.per_tensor_scale, w.group_size)
+
+
+def dense(w: AAACTensor) -> torch.Tensor:
+    return w.dequantize(torch.float32)
+
+
+def saved(w: AAACTensor) -> AAACTensor:
+    buffer = io.BytesIO()
+    torch.save(w, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)

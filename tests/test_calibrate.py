@@ -182,7 +182,7 @@ def test_an_interrupted_run_leaves_a_running_model_and_goes_on(tiny_llama, monke
     expected = observed_at_once(model, batches)
     import aaac_ao.calibrate as calibrate
 
-    original, calls = calibrate.transform, []
+    original, calls = calibrate.apply_step, []
 
     def failing(module, config):
         calls.append(config.step)
@@ -190,14 +190,14 @@ def test_an_interrupted_run_leaves_a_running_model_and_goes_on(tiny_llama, monke
             raise KeyboardInterrupt
         return original(module, config)
 
-    monkeypatch.setattr(calibrate, "transform", failing)
+    monkeypatch.setattr(calibrate, "apply_step", failing)
     with pytest.raises(KeyboardInterrupt):
         calibrate_(model, CONFIG, batches, progress=False)
     assert not any(isinstance(getattr(m, "weight", None), ObserverTensor) for m in model.modules())
     model(batches[0])
     done = len(quantised(model))
     assert 7 <= done < 14
-    monkeypatch.setattr(calibrate, "transform", original)
+    monkeypatch.setattr(calibrate, "apply_step", original)
     calibrate_(model, CONFIG, batches, progress=False)
     assert quantised(model).keys() == quantised(expected).keys()
 

@@ -109,8 +109,9 @@ def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
             f"in_features {weight.shape[1]} is smaller than group_size {config.group_size}; "
             "choose a smaller group_size or leave this layer out with filter_fn"
         )
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    finite = torch.isfinite(weight.float() if weight.dtype == torch.float64 else weight)  # it is encoded from fp32
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
         raise ValueError(
             f"weight of shape {list(weight.shape)} has {bad} NaN or infinite values; repair the model first"
         )

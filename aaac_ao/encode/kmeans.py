@@ -41,9 +41,8 @@ def lloyd(
 
 def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: torch.Tensor) -> torch.Tensor:
     """Mean of the bins that an entry owns, weighted by their mass; an entry without mass stays where it is."""
-    zeros = torch.zeros(codebooks.shape, dtype=torch.float64, device=codebooks.device)
-    total = zeros.scatter_add(1, table.codes, histogram)
-    moment = zeros.scatter_add(1, table.codes, histogram * table.centers)
+    owner = torch.nn.functional.one_hot(table.codes, codebooks.shape[1]).double()  # [2, bins, 16]
+    total, moment = torch.stack([histogram, histogram * table.centers], dim=1).matmul(owner).unbind(1)
     means = torch.where(total > 0, moment / total.clamp(min=1e-300), codebooks.double())
     return means.float().sort(dim=1).values
 
