@@ -101,13 +101,24 @@ def quantize(
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = load_model(model).to(device)
     if texts:
-        ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
+        ids = _token_ids(tokenizer, "\n\n".join(texts))
         batches = windows_of(ids, min(window, len(ids)), windows).split(8)
         calibrate_(loaded, config, batches)
     else:
         _quantise_without_data(loaded, config)
     save_quantized(loaded, config, out, tokenizer)
     typer.echo(f"wrote {out}: {_size_line(loaded)}")
+    small = [m for m in loaded.modules() if isinstance(m, torch.nn.Linear) and m.in_features < config.group_size]
+    if small:
+        typer.echo(
+            f"{len(small)} layers have fewer inputs than a group of {config.group_size} and stay as they were; "
+            "a smaller --group-size includes them",
+            err=True,
+        )
+
+
+def _token_ids(tokenizer: Any, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # longer than the model's window on purpose
 
 
 def _quantise_without_data(model: torch.nn.Module, config: Any) -> None:
@@ -148,7 +159,7 @@ def evaluate(
     content = text.read_text(encoding="utf-8")
     loaded = load_model(model).to(device)
     original = None if reference is None else load_model(reference).to(device)
-    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(content)["input_ids"])
+    ids = _token_ids(AutoTokenizer.from_pretrained(model), content)
     window = min(window, loaded.config.max_position_embeddings)
     result = run(loaded, windows_of(ids, window, windows), original, batch_size=1, progress=True)
     divergence = "" if result.kl is None else f", KL to reference {result.kl:.5f} nats/token"
@@ -171,9 +182,9 @@ def generate(
     from aaac_ao.integrations.transformers import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    ids = _token_ids(tokenizer, prompt)
     result = run(load_model(model).to(device), ids, new_tokens, compile)
-    typer.echo(tokenizer.decode(result.ids))
+    typer.echo(tokenizer.decode(result.ids, skip_special_tokens=True))
     typer.echo(f"{result.tokens_per_second:.1f} tokens/s after {result.compile_seconds:.1f} s of compilation", err=True)
 
 

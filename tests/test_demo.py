@@ -14,7 +14,7 @@ class Tokenizer:
 
     eos_token_id = 0
 
-    def __call__(self, text):
+    def __call__(self, text, verbose=True):
         return {"input_ids": [byte % 97 for byte in text.encode()][:600]}
 
     def decode(self, ids):

@@ -58,6 +58,7 @@ def test_readme_code_runs(tmp_path):
     assert blocks
     setup = (
         "import torch\n"
+        "torch.set_num_threads(1)\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, AutoModelForCausalLM\n"
         "def small(*args, **kwargs):\n"
         "    c = LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=2,\n"

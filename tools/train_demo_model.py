@@ -10,6 +10,7 @@ of the time budget that is used, so a longer --minutes on the same checkpoint si
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -104,9 +105,7 @@ def held_out_loss(model: LlamaForCausalLM, held_out: torch.Tensor, args: argpars
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out, state_dict=weights)
+    copy.deepcopy(model).bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -91,7 +91,7 @@ def token_stream(tokenizer: Any, texts: Any) -> torch.Tensor:
     """All texts as one stream of ids, each followed by the end-of-text token."""
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        ids += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
     return torch.tensor(ids)
 
 
