@@ -1,6 +1,7 @@
 """fp64 oracles shared by the tests of the formats and of the encoder; they use nothing but an `Encoding`'s fields."""
 
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -162,3 +163,8 @@ def check_encoding(weight, encoding, config, statistics=None):
         assert (chosen <= errors.amin(0) * (1 + 1e-4) + 1e-12 * cut(w.square() * importance, group_size).sum(-1))[
             normal
         ].all()
+
+
+def torchao_version() -> tuple[int, int]:
+    """Major and minor version of the torchao that is installed."""
+    return tuple(int(part) for part in version("torchao").split(".")[:2])

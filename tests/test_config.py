@@ -51,7 +51,7 @@ def test_nvfp4_has_groups_of_16():
         ("step", "observe"),
         ("step", True),
         ("step", 0),
-        ("step", QuantizationStep.PREPARE_FOR_SMOOTHQUANT_SMOOTHING_FACTOR),
+        ("step", "prepare_for_smoothquant_smoothing_factor"),
         ("group_size", 16),
         ("group_size", 0),
         ("group_size", -32),

@@ -16,6 +16,7 @@ from encode_oracle import (
     random_statistics,
     rounding,
     storable,
+    torchao_version,
     weighted_error,
 )
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
@@ -104,6 +105,8 @@ def test_bof4_s_maps_the_signed_largest_weight_to_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nvfp4_round_to_nearest_equals_torchao(dtype):
+    if dtype == torch.bfloat16 and torchao_version() < (0, 18):
+        pytest.skip("torchao before 0.18 takes the scales of bf16 weights in bf16")
     """Peer: torchao's NVFP4Tensor.
 
     Two differences by definition: torchao's smallest scale is the normal 2^-6, ours the subnormal 2^-9; and a weight

@@ -25,7 +25,21 @@ def trainer(monkeypatch):
 
 def test_trains_saves_and_resumes(trainer, tmp_path, monkeypatch):
     def run(minutes: float) -> list[dict]:
-        size = "--hidden 64 --layers 1 --vocab-size 400 --context 32 --batch 2 --report-seconds 0.2 --no-bf16".split()
+        size = [
+            "--hidden",
+            "64",
+            "--layers",
+            "1",
+            "--vocab-size",
+            "400",
+            "--context",
+            "32",
+            "--batch",
+            "2",
+            "--report-seconds",
+            "0.2",
+            "--no-bf16",
+        ]
         places = ["--out", str(tmp_path / "model"), "--checkpoint", str(tmp_path / "build" / "state.pt")]
         monkeypatch.setattr(sys, "argv", ["train", "--minutes", str(minutes), "--device", "cpu", *size, *places])
         trainer.main()
