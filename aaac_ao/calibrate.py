@@ -2,7 +2,8 @@
 
 A first pass over the data runs the original model once, to refuse bad data before anything changes and to keep the
 inputs of the first block. Then every block is observed, quantised and left: only its own statistics are alive, and the
-inputs of the next block are its original outputs.
+inputs of the next block are its original outputs. A model whose blocks do not form a plain chain is observed as a
+whole. Kept meanwhile, on the device of the model: the hidden states of all batches between two blocks.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of
 from aaac_ao.config import AAACConfig
 from aaac_ao.observer import ObserverTensor
-from aaac_ao.tensor import AAACTensor
-from aaac_ao.transform import apply_step, problem_with, raise_problems
+from aaac_ao.transform import apply_step, is_left_alone, problem_with, raise_problems
 
 logger = logging.getLogger(__name__)
 
 Batch = torch.Tensor | Mapping[str, Any]
 FilterFn = Callable[[nn.Module, str], bool]
-#: The call of a block: positional arguments after the hidden states, and keyword arguments.
-Call = tuple[tuple, dict[str, Any]]
 
 
 def calibrate_(
@@ -61,30 +60,20 @@ def calibrate_(
     layers = _selected_layers(model, filter_fn)
     prepare = dataclasses.replace(config, step="prepare")
     raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, prepare)) is not None})
-    layers = {name: m for name, m in layers.items() if _would_quantise(m, config)}
+    layers = {name: module for name, module in layers.items() if not is_left_alone(module.weight, config)}
     if not layers:
         logger.warning("every selected layer is quantised already or smaller than group_size %d", config.group_size)
         return model
-    blocks = find_blocks(model)
     with _evaluation_mode(model), torch.no_grad():
+        record = _first_pass(model, batches, layers)
+        blocks = [] if record.broken else record.blocks
+        if record.blocks and record.broken:
+            logger.info("observing the model as a whole, because %s", record.broken)
         inside = {id(module) for block in blocks for module in block.modules()}
         outside = {name: module for name, module in layers.items() if id(module) not in inside}
-        hidden, calls = _first_pass(model, blocks, batches, layers, to_the_end=bool(outside))
         _quantise_together(model, outside, config, batches)
-        _quantise_blocks(blocks, layers, config, hidden, calls, progress)
+        _quantise_blocks(record, blocks, layers, config, progress)
     return model
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks: the nn.ModuleList with the most linear weights among those whose members share a class."""
-    best, best_size = [], 0
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or len({type(m) for m in module}) != 1:
-            continue
-        size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-        if size > best_size and not isinstance(module[0], nn.Linear):
-            best, best_size = list(module), size
-    return best
 
 
 # what to quantise
@@ -102,6 +91,8 @@ def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
             raise TypeError(f"{message}, got {type(batch).__name__}")
         if isinstance(batch, torch.Tensor) and batch.numel() == 0:
             raise ValueError(f"batch {index} is empty: its shape is {list(batch.shape)}")
+        if isinstance(batch, Mapping) and not batch:
+            raise ValueError(f"batch {index} is an empty mapping")
     return checked
 
 
@@ -113,10 +104,6 @@ def _selected_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, 
     if not layers:
         raise ValueError("no nn.Linear is selected: check filter_fn")
     return layers
-
-
-def _would_quantise(module: nn.Module, config: AAACConfig) -> bool:
-    return not isinstance(module.weight, AAACTensor) and module.weight.shape[1] >= config.group_size
 
 
 # running the model
@@ -132,24 +119,28 @@ def _run(model: nn.Module, batch: Batch) -> None:
         if isinstance(batch, torch.Tensor):
             model(batch.to(device))
         else:
-            model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            model(**moved | ({"use_cache": False} if "use_cache" in moved else {}))
     except _Stop:
         pass
 
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without a key-value cache, undone at the end."""
-    training, cache = model.training, getattr(getattr(model, "config", None), "use_cache", None)
+    """Evaluation mode without key-value caches, undone module by module at the end."""
+    training = {module: module.training for module in model.modules()}
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(c): (c, c.use_cache) for c in found if getattr(c, "use_cache", None) is not None}
     model.eval()
-    if cache is not None:
-        model.config.use_cache = False
+    for config, _ in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
-        model.train(training)
-        if cache is not None:
-            model.config.use_cache = cache
+        for module, mode in training.items():
+            module.training = mode
+        for config, use_cache in configs.values():
+            config.use_cache = use_cache
 
 
 @contextmanager
@@ -161,53 +152,45 @@ def _hooks(handles: list) -> Iterator[None]:
             handle.remove()
 
 
-def _first_pass(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    batches: list[Batch],
-    layers: dict[str, nn.Module],
-    to_the_end: bool,
-) -> tuple[list[torch.Tensor], list[list[Call]]]:
-    """Run all batches through the original model, `to_the_end` or just through its blocks.
-
-    Returns:
-        The inputs of the first block per batch, and per batch the other arguments of every block.
+def _first_pass(model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module]) -> CallRecord:
+    """Run all batches through the original model and record the calls of its blocks.
 
     Raises:
-        ValueError: a layer that no batch reaches, or hidden states that are not finite.
+        ValueError: a layer that no batch reaches, or whose inputs are not finite.
     """
-    hidden: list[torch.Tensor] = []
-    calls: list[list[Call]] = []
-    reached: set[int] = set()
+    record = CallRecord(find_blocks(model))
+    inside = {id(module) for block in record.blocks for module in block.modules()}
+    blocks_only = all(id(module) in inside for module in layers.values())
+    sound: dict[int, torch.Tensor] = {}
 
-    def remember(module, args, kwargs):
-        args, kwargs = list(args), dict(kwargs)
-        states = args.pop(0) if args else kwargs.pop("hidden_states")
-        if module is blocks[0]:
-            hidden.append(states)
-            calls.append([])
-        calls[-1].append((tuple(args), kwargs))
+    def check(module, args, kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        finite = torch.isfinite(torch.linalg.vector_norm(x, dtype=torch.float32).square())
+        sound[id(module)] = finite & sound.get(id(module), finite)
 
-    def check(module, args, output):
-        if not bool(torch.isfinite(_hidden_states(output)).all()):
-            raise ValueError(f"batch {len(calls) - 1} gives NaN or infinite hidden states; nothing was changed")
-        if not to_the_end:
-            raise _Stop
+    def stop(module, args, output):
+        if blocks_only and record.broken is None and len(record.calls) > 1:
+            raise _Stop  # the first batch shows whether anything follows the blocks
 
-    handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
-    handles += [m.register_forward_pre_hook(lambda module, args: reached.add(id(module))) for m in layers.values()]
-    if blocks:
-        handles.append(blocks[-1].register_forward_hook(check))
+    handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in layers.values()]
+    for block in record.blocks:
+        handles += [
+            block.register_forward_pre_hook(record.before, with_kwargs=True),
+            block.register_forward_hook(record.after),
+        ]
+    handles += [block.register_forward_hook(stop) for block in record.blocks[-1:]]
     with _hooks(handles):
         for batch in batches:
+            record.start_batch()
             _run(model, batch)
-    unreached = [name for name, module in layers.items() if id(module) not in reached]
-    raise_problems(dict.fromkeys(unreached, "no calibration batch reaches it; leave it out with filter_fn"))
-    return hidden, calls
-
-
-def _hidden_states(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+            record.end_batch()
+    unreached = "no calibration batch reaches it; leave it out with filter_fn"
+    problems = {name: unreached for name, module in layers.items() if id(module) not in sound}
+    for name, module in layers.items():
+        if name not in problems and not bool(sound[id(module)]):
+            problems[name] = "the calibration batches give it NaN or infinite inputs"
+    raise_problems(problems)
+    return record
 
 
 # quantising
@@ -225,21 +208,16 @@ def _quantise_together(
 
 
 def _quantise_blocks(
-    blocks: list[nn.Module],
-    layers: dict[str, nn.Module],
-    config: AAACConfig,
-    hidden: list[torch.Tensor],
-    calls: list[list[Call]],
-    progress: bool,
+    record: CallRecord, blocks: list[nn.Module], layers: dict[str, nn.Module], config: AAACConfig, progress: bool
 ) -> None:
     names = {id(module): name for name, module in layers.items()}
     for index, block in enumerate(tqdm(blocks, desc="quantising blocks", disable=not progress)):
         own = {names[id(module)]: module for module in block.modules() if id(module) in names}
         with _observing(own, config):
-            for number, states in enumerate(hidden):
-                args, kwargs = calls[number][index]
-                hidden[number] = _hidden_states(block(states, *args, **kwargs))
-                calls[number][index] = ((), {})
+            for batch, states in enumerate(record.hidden):
+                args, kwargs = record.calls[batch][index]
+                record.hidden[batch] = hidden_states_of(block(states, *args, **kwargs))
+                record.calls[batch][index] = ((), {})
 
 
 @contextmanager

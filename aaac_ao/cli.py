@@ -98,8 +98,11 @@ def quantize(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
     texts = [path.read_text(encoding="utf-8") for path in calibration or []]
+    _check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = load_model(model).to(device)
+    if not any(isinstance(module, torch.nn.Linear) for module in _without_head(loaded)):
+        raise ValueError(f"{model} has no nn.Linear besides its output head (GPT-2's Conv1D is not supported)")
     if texts:
         ids = _token_ids(tokenizer, "\n\n".join(texts))
         batches = windows_of(ids, min(window, len(ids)), windows).split(8)
@@ -108,13 +111,31 @@ def quantize(
         _quantise_without_data(loaded, config)
     save_quantized(loaded, config, out, tokenizer)
     typer.echo(f"wrote {out}: {_size_line(loaded)}")
-    small = [m for m in loaded.modules() if isinstance(m, torch.nn.Linear) and m.in_features < config.group_size]
+    _explain_what_is_left(loaded, config)
+
+
+def _explain_what_is_left(model: torch.nn.Module, config: Any) -> None:
+    """Say on stderr why a model is less quantised than a user may think."""
+    small = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.in_features < config.group_size]
     if small:
         typer.echo(
             f"{len(small)} layers have fewer inputs than a group of {config.group_size} and stay as they were; "
             "a smaller --group-size includes them",
             err=True,
         )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that does not exist before a model is loaded for it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from None
+
+
+def _without_head(model: torch.nn.Module) -> list[torch.nn.Module]:
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if module is not head]
 
 
 def _token_ids(tokenizer: Any, text: str) -> torch.Tensor:
@@ -134,9 +155,9 @@ def _size_line(model: torch.nn.Module) -> str:
 
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     done = [module for module in linears if isinstance(module.weight, AAACTensor)]
-    if not done:
-        return "no layer was quantised"
-    return f"{len(done)} of {len(linears)} linear layers at {linear_bits_per_weight(done):.3f} bits per weight"
+    share = sum(module.weight.numel() for module in done) / sum(p.numel() for p in model.parameters())
+    bits = linear_bits_per_weight(done)
+    return f"{len(done)} of {len(linears)} linear layers at {bits:.3f} bits per weight, {share:.0%} of all parameters"
 
 
 @app.command()
@@ -156,6 +177,7 @@ def evaluate(
     from aaac_ao.evaluate import windows_of
     from aaac_ao.integrations.transformers import load_model
 
+    _check_device(device)
     content = text.read_text(encoding="utf-8")
     loaded = load_model(model).to(device)
     original = None if reference is None else load_model(reference).to(device)
@@ -181,6 +203,7 @@ def generate(
     from aaac_ao.generate import generate as run
     from aaac_ao.integrations.transformers import load_model
 
+    _check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = _token_ids(tokenizer, prompt)
     result = run(load_model(model).to(device), ids, new_tokens, compile)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,21 +75,36 @@ def evaluate(
     device = next(model.parameters()).device
     loss = kl = torch.zeros((), dtype=torch.float64)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=not progress, leave=False):
-        batch = batch.to(device)
-        targets = batch[:, 1:].flatten()
-        logits = _logits(model, batch)
-        reference_logits = None if reference is None else _logits(reference, batch)
-        for part in torch.arange(len(targets), device=device).split(_CHUNK_TOKENS):
-            log_q = logits[part].float().log_softmax(-1)
-            loss = loss - log_q.gather(1, targets[part, None]).sum().double().cpu()
-            if reference_logits is not None:
-                log_p = reference_logits[part].float().log_softmax(-1)
-                kl = kl + (log_p.exp() * (log_p - log_q)).sum().double().cpu()
-    if not math.isfinite(float(loss)):
-        raise ValueError("the model gives NaN or infinite logits")
+    with _evaluation_mode(model, reference):
+        for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=not progress, leave=False):
+            batch = batch.to(device)
+            targets = batch[:, 1:].flatten()
+            logits = _logits(model, batch)
+            reference_logits = None if reference is None else _logits(reference, batch)
+            for part in torch.arange(len(targets), device=device).split(_CHUNK_TOKENS):
+                log_q = logits[part].float().log_softmax(-1)
+                loss = loss - log_q.gather(1, targets[part, None]).sum().double().cpu()
+                if reference_logits is not None:
+                    log_p = reference_logits[part].float().log_softmax(-1)
+                    terms = log_p.exp() * (log_p - log_q)
+                    kl = kl + terms.masked_fill_(log_p == -math.inf, 0).sum().double().cpu()  # 0 log 0 = 0
+    if not (math.isfinite(float(loss)) and math.isfinite(float(kl))):
+        raise ValueError("the model or its reference gives NaN or infinite logits")
     mean_kl = None if reference is None else float(kl) / tokens
-    return Evaluation(math.exp(float(loss) / tokens), mean_kl, tokens)
+    return Evaluation(float(torch.exp(loss / tokens)), mean_kl, tokens)
+
+
+@contextmanager
+def _evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode, undone module by module at the end."""
+    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def linear(
         ValueError: the parts do not belong together, x has another number of features, or devices differ.
         TypeError: x is of another dtype.
     """
-    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias)
     out_features = scale.shape[0]
     flat = x.reshape(-1, x.shape[-1])
@@ -68,7 +68,7 @@ def linear(
 def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
     from aaac_ao.kernels import dispatch
 
-    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = dispatch.linear(flat, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
@@ -77,7 +77,7 @@ def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
 
 @linear.register_fake
 def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
-    _check_parts(x.shape[-1], qdata, scale, codebooks, group_size)
+    _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias)
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
@@ -119,7 +119,7 @@ def dequantize(
         ValueError: the parts do not belong together.
         TypeError: `dtype` is not fp32, bf16 or fp16.
     """
-    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
     w = torch.empty(scale.shape[0], in_features, dtype=dtype, device=qdata.device)
     for start in range(0, len(w), _rows_per_chunk(qdata)):
@@ -134,16 +134,23 @@ def dequantize(
 def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
     from aaac_ao.kernels import dispatch
 
-    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
     return dispatch.dequantize(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype)
 
 
 @dequantize.register_fake
 def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
-    _check_parts(in_features, qdata, scale, codebooks, group_size)
+    _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
     return qdata.new_empty(scale.shape[0], in_features, dtype=dtype)
+
+
+def linear_arguments(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments of `torch.nn.functional.linear`, however they were passed, in order."""
+    return input, weight, bias
 
 
 def dequantize_rows(
@@ -186,7 +193,12 @@ def _rows_per_chunk(qdata: torch.Tensor) -> int:
 
 
 def _check_parts(
-    in_features: int, qdata: torch.Tensor, scale: torch.Tensor, codebooks: torch.Tensor, group_size: int
+    in_features: int,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
 ) -> None:
     out_features = scale.shape[0]
     if tuple(qdata.shape) != packed_shape(out_features, in_features):
@@ -200,8 +212,11 @@ def _check_parts(
         )
     if tuple(codebooks.shape) != (2, 16):
         raise ValueError(f"codebooks must have shape [2, 16], got {list(codebooks.shape)}")
-    if not qdata.device == scale.device == codebooks.device:
-        raise ValueError(f"parts on different devices: {qdata.device}, {scale.device}, {codebooks.device}")
+    if scale.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        raise ValueError(f"scale must be bfloat16 or float8_e4m3fn, got {scale.dtype}")
+    parts = [part for part in (qdata, scale, codebooks, per_tensor_scale) if part is not None]
+    if any(part.device != qdata.device for part in parts):
+        raise ValueError(f"parts on different devices: {', '.join(str(part.device) for part in parts)}")
 
 
 def _check_operands(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:

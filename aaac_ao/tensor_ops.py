@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from aaac_ao import ops
+from aaac_ao.ops import linear_arguments
 from aaac_ao.packing import TILE_BYTES, TILE_COLUMNS, TILE_ROWS, ceil_div
 from aaac_ao.tensor import AAACTensor, column_unit, row_unit
 
@@ -50,14 +51,10 @@ def _scaled_dequantize(weight: AAACTensor, dtype: torch.dtype) -> torch.Tensor:
     return w
 
 
-def _linear_arguments(input, weight, bias=None):
-    return input, weight, bias
-
-
 @implements(aten.linear.default)
 @implements_torch_function(torch.nn.functional.linear)
 def _(func, types, args, kwargs):
-    x, weight, bias = _linear_arguments(*args, **kwargs)
+    x, weight, bias = linear_arguments(*args, **kwargs)
     if isinstance(x, AAACTensor) or not isinstance(weight, AAACTensor):
         raise TypeError(f"linear takes a plain input and an AAACTensor weight, got {type(x)} and {type(weight)}")
     if weight.transposed:

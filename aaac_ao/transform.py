@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torchao.quantization import quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
+from torchao.utils import TorchAOBaseTensor
 
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import check_weight
@@ -19,32 +21,25 @@ from aaac_ao.tensor import AAACTensor
 
 logger = logging.getLogger(__name__)
 
-#: Modules found sound by the check of a whole `quantize_` call, until their turn comes, with the config of that call.
-_sound: WeakKeyDictionary[nn.Module, AAACConfig] = WeakKeyDictionary()
+#: Modules found sound by the check of a whole `quantize_` call, until their turn comes, and what exactly was checked.
+_sound: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
 @register_quantize_module_handler(AAACConfig)
 def transform(module: nn.Module, config: AAACConfig, *, parameter_name: str = "weight") -> nn.Module:
     """Apply one step of `config` to `module.<parameter_name>` and return the same module.
 
-    Already quantised weights, weights smaller than a group, and at "convert" weights that were never prepared are left
-    alone with a log line. Every weight that the surrounding `quantize_` call selects is checked before the first one is
-    changed, so that a refused model is left as it was.
+    Weights that are quantised already, by this or another config, weights smaller than a group, and at "convert"
+    weights that were never prepared are left alone with a log line. Every weight that the surrounding `quantize_`
+    call selects is checked before the first one is changed, so that a refused model is left as it was.
 
     Raises:
         ValueError, TypeError: a weight that cannot be quantised, or that saw no calibration batch; the message names
             the layers.
     """
-    weight = getattr(module, parameter_name)
-    if isinstance(weight, AAACTensor):
-        logger.info("%s is quantised already: left as it is", _describe(module))
-        return module
-    if _too_small(weight, config):
-        message = "%s: in_features %d is smaller than group_size %d: left in %s"
-        logger.info(message, _describe(module), weight.shape[1], config.group_size, weight.dtype)
-        return module
-    if config.step == "convert" and not isinstance(weight, ObserverTensor):
-        logger.info("%s was not prepared: left as it is", _describe(module))
+    weight = getattr(module, parameter_name, None)
+    if weight is not None and (reason := is_left_alone(weight, config)):
+        logger.info("%s %s: left as it is", _describe(module), reason)
         return module
     if config.step != "prepare_for_loading":
         _check_selected(module, config, parameter_name)
@@ -81,8 +76,16 @@ def _describe(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _too_small(weight: torch.Tensor, config: AAACConfig) -> bool:
-    return weight.dim() == 2 and weight.shape[1] < config.group_size
+def is_left_alone(weight: torch.Tensor, config: AAACConfig) -> str | None:
+    """Why a weight is passed over without an error, or None."""
+    observed = isinstance(weight, ObserverTensor)
+    if isinstance(weight, TorchAOBaseTensor) and not observed:
+        return f"is quantised already ({type(weight).__name__})"
+    if weight.dim() == 2 and weight.shape[1] < config.group_size and not observed:
+        return f"has in_features {weight.shape[1]}, fewer than group_size {config.group_size}"
+    if config.step == "convert" and not observed:
+        return "was not prepared"
+    return None
 
 
 # checks before the first change
@@ -90,11 +93,9 @@ def _too_small(weight: torch.Tensor, config: AAACConfig) -> bool:
 
 def problem_with(weight: torch.Tensor, config: AAACConfig) -> str | None:
     """Why `config` cannot be applied to a weight, or None if it can (or the weight would be left alone)."""
-    if isinstance(weight, AAACTensor) or _too_small(weight, config):
+    if is_left_alone(weight, config):
         return None
     observed = isinstance(weight, ObserverTensor)
-    if config.step == "convert" and not observed:
-        return None
     if config.step is None and observed:
         return "is being observed: use step='convert'"
     try:
@@ -123,33 +124,42 @@ def raise_problems(problems: dict[str, str]) -> None:
 
 def _check_selected(module: nn.Module, config: AAACConfig, parameter_name: str) -> None:
     """Check all weights that this `quantize_` call will hand over, once, before the first of them changes."""
-    if _sound.pop(module, None) is config:
+    if _sound.pop(module, None) == _identity(module, config, parameter_name):
         return
     root, filter_fn = _calling_model(module)
-    problems, sound = {}, []
+    problems, sound = {}, {}
     for name, candidate in root.named_modules():
-        selected = candidate is module or (isinstance(candidate, nn.Linear) and filter_fn(candidate, name))
-        weight = getattr(candidate, parameter_name, None) if selected else None
-        problem = problem_with(weight, config) if isinstance(weight, torch.Tensor) else None
+        if candidate is not module and not filter_fn(candidate, name):
+            continue
+        weight = candidate._parameters.get(parameter_name)
+        problem = f"has no parameter {parameter_name!r}" if weight is None else problem_with(weight, config)
         if problem is not None:
             problems[name or _describe(candidate)] = problem
-        elif selected and candidate is not module:
-            sound.append(candidate)
+        elif candidate is not module:
+            sound[candidate] = _identity(candidate, config, parameter_name)
     raise_problems(problems)
-    _sound.update((candidate, config) for candidate in sound)
+    _sound.update(sound)
+
+
+def _identity(module: nn.Module, config: AAACConfig, parameter_name: str) -> tuple:
+    """What a check holds for: this weight, with these values, under this config."""
+    weight = module._parameters.get(parameter_name)
+    version = None if weight is None or weight.is_inference() else weight._version
+    return id(config), id(weight), version
 
 
 def _calling_model(module: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, str], bool]]:
     """The model and filter of the `quantize_` call that this handler runs in; the module alone if there is none.
 
-    torchao hands over one module at a time without its name or its model. Both stand in the local variables of the
-    caller, which is read here to refuse a bad model before it is half converted and to name its layers.
+    torchao hands over one module at a time without its name or its model. Both stand in the local variables of
+    `quantize_`, which are read here to refuse a bad model before it is half converted and to name its layers.
     """
-    found: tuple[nn.Module, Callable[[nn.Module, str], bool]] = (module, lambda candidate, name: candidate is module)
     frame = sys._getframe(1)
     while frame is not None:
-        model = frame.f_locals.get("model")
-        if isinstance(model, nn.Module) and "filter_fn" in frame.f_locals and any(m is module for m in model.modules()):
-            found = (model, frame.f_locals["filter_fn"] or (lambda candidate, name: True))
+        if frame.f_code is quantize_.__code__:
+            model, filter_fn = frame.f_locals["model"], frame.f_locals["filter_fn"]
+            if filter_fn is not None:  # None: an FqnToConfig, whose choice of layers is torchao's own
+                return model, filter_fn
+            break
         frame = frame.f_back
-    return found
+    return module, lambda candidate, name: candidate is module

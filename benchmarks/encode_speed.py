@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from aaac_ao import AAACConfig, Statistics
-from aaac_ao.calibrate import find_blocks
+from aaac_ao.blocks import find_blocks
 from aaac_ao.demo.compare import load_demo_model
 from aaac_ao.encode import encode
 

@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, calibrate_
-from aaac_ao.calibrate import find_blocks
+from aaac_ao.blocks import find_blocks
 from aaac_ao.observer import ObserverTensor
 
 CONFIG = AAACConfig(group_size=64)
@@ -125,11 +125,110 @@ def test_every_block_gets_its_own_arguments():
     assert same_weights(model, expected)
 
 
-def test_training_mode_and_cache_setting_survive(tiny_llama):
+class Looped(Alternating):
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for block in [*self.blocks, *self.blocks]:
+            hidden = block(hidden)[0]
+        return hidden
+
+
+class NormBetween(Alternating):
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for block in self.blocks:
+            hidden = torch.nn.functional.layer_norm(block(hidden)[0], (64,))
+        return hidden
+
+
+class Skipping(Alternating):
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for index, block in enumerate(self.blocks):
+            if index != batch.shape[1] % 3:
+                hidden = block(hidden)[0]
+        return hidden
+
+
+class Reversed(Alternating):
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for block in reversed(self.blocks):
+            hidden = block(hidden)[0]
+        return hidden
+
+
+class InPlace(Alternating):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, hidden_states):
+            hidden_states += self.linear(hidden_states)
+            return hidden_states
+
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+class Returning(Alternating):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return {"x": self.linear(x)}
+
+    def forward(self, batch):
+        hidden = self.embed(batch)
+        for block in self.blocks:
+            hidden = block(x=hidden)["x"]
+        return hidden
+
+
+@pytest.mark.parametrize("kind", [Looped, NormBetween, Skipping, Reversed, InPlace, Returning])
+def test_blocks_that_are_no_chain_are_observed_as_a_whole(kind, caplog):
+    model, batches = kind(), ids()
+    expected = observed_at_once(model, batches)
+    with caplog.at_level("INFO", logger="aaac_ao"):
+        calibrate_(model, CONFIG, batches, progress=False)
+    assert same_weights(model, expected)
+    assert "observing the model as a whole, because" in caplog.text
+
+
+def test_batches_that_ask_for_a_cache(tiny_llama):
+    model = tiny_llama()
+    batches = [{"input_ids": b, "use_cache": True, "attention_mask": torch.ones_like(b)} for b in ids()]
+    expected = observed_at_once(model, ids_of(batches))
+    calibrate_(model, CONFIG, batches, progress=False)
+    assert same_weights(model, expected)
+
+
+def ids_of(batches) -> list[torch.Tensor]:
+    return [batch["input_ids"] for batch in batches]
+
+
+def test_modes_and_cache_setting_survive(tiny_llama):
     model = tiny_llama().train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
     calibrate_(model, CONFIG, ids(), progress=False)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert model.config.use_cache
+
+
+def test_weights_of_other_torchao_configs_are_left_alone(tiny_llama):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model = tiny_llama()
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name.endswith("o_proj"))
+    calibrate_(model, CONFIG, ids(), progress=False)
+    assert len(quantised(model)) == 12
 
 
 @pytest.mark.parametrize(
@@ -141,6 +240,7 @@ def test_training_mode_and_cache_setting_survive(tiny_llama):
         (["text"], TypeError, "batch 0 .* got str"),
         ([torch.zeros(1, 4, dtype=torch.long), 3], TypeError, "batch 1 .* got int"),
         ([torch.zeros(0, 4, dtype=torch.long)], ValueError, "batch 0 is empty"),
+        ([{}], ValueError, "batch 0 is an empty mapping"),
     ],
 )
 def test_bad_batches(tiny_llama, batches, error, match):
@@ -172,7 +272,7 @@ def test_broken_activations_are_refused(tiny_llama):
     with torch.no_grad():
         model.model.norm.weight.fill_(1.0)
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match="batch 0 gives NaN or infinite"):
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: .*NaN or infinite inputs"):
         calibrate_(model, CONFIG, ids(), progress=False)
     assert not quantised(model)
 

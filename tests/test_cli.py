@@ -78,6 +78,8 @@ def test_errors_are_one_line_with_exit_code_1(model_directory, text, tmp_path):
     assert "missing.txt" in fail("quantize", model_directory, "--out", out, "--calibration", tmp_path / "missing.txt")
     assert "not an empty directory" in fail("quantize", model_directory, "--out", model_directory)
     assert fail("quantize", tmp_path / "nowhere", "--out", out)
+    assert "device 'foo' cannot be used" in fail("quantize", model_directory, "--out", out, "--device", "foo")
+    assert "device 'cuda:77' cannot be used" in fail("evaluate", model_directory, "--text", text, "--device", "cuda:77")
     assert not out.exists()
     assert fail("evaluate", tmp_path / "nowhere", "--text", text)
     assert "positions" in fail("generate", model_directory, "--prompt", "w1", "--new-tokens", 1000)

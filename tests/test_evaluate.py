@@ -80,3 +80,25 @@ def test_bits_are_counted_from_storages():
     assert linear_bits_per_weight([linear]) == 16
     books_and_tensor_scale = 64 + 4
     assert linear_bits_per_weight([quantised]) == 4.5 + 8 * books_and_tensor_scale / (256 * 512)
+
+
+def test_masked_vocabulary_and_training_mode(tiny_llama):
+    class Masked(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.dropout = model, nn.Dropout(0.5)
+
+        def forward(self, ids):
+            out = self.model(ids)
+            out.logits = self.dropout(out.logits)
+            out.logits[..., 90:] = -math.inf
+            return out
+
+    reference, model = Masked(tiny_llama()).train(), Masked(tiny_llama()).train()
+    windows = torch.randint(0, 90, (2, 9))
+    first, second = evaluate(model, windows, reference), evaluate(model, windows, reference)
+    assert first == second
+    assert math.isfinite(first.kl)
+    assert first.kl > 0
+    assert model.training
+    assert model.dropout.training

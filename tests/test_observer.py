@@ -61,3 +61,42 @@ def test_works_in_inference_mode_and_with_gradients():
 def test_no_tokens_is_an_error():
     with pytest.raises(ValueError, match="0 batches seen"):
         observed(nn.Linear(64, 32)).weight.statistics()
+
+
+class UsesTheWeight(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_products_with_the_transposed_weight_are_observed():
+    linear = UsesTheWeight(64, 32, bias=False)
+    layer = observed(linear)
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(layer(x), linear(x))
+    torch.testing.assert_close(layer.weight.statistics().second_moment, x.flatten(0, 1).square().mean(0))
+    assert layer.weight.statistics().tokens == 10
+
+
+def test_other_uses_of_the_weight_see_the_plain_weight():
+    linear = nn.Linear(64, 32)
+    weight = observed(linear).weight
+    assert torch.equal(weight * 2, linear.weight * 2)
+    assert torch.equal(weight[3:7], linear.weight[3:7])
+    assert int(weight.tokens) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_an_observed_model(dtype):
+    layer = observed(nn.Linear(64, 32)).to(dtype)
+    x = torch.randn(4, 64, dtype=dtype)
+    assert layer(x).dtype == dtype
+    assert layer.weight.squares.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.statistics().second_moment, x.float().square().mean(0))
+
+
+def test_attention_modules_run_while_observed():
+    attention = nn.MultiheadAttention(64, 4)
+    reference = copy.deepcopy(attention)
+    attention.out_proj.weight = nn.Parameter(ObserverTensor.from_hp(attention.out_proj.weight), requires_grad=False)
+    x = torch.randn(3, 2, 64)
+    torch.testing.assert_close(attention(x, x, x)[0], reference(x, x, x)[0])

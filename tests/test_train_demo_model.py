@@ -50,6 +50,7 @@ def test_trains_saves_and_resumes(trainer, tmp_path, monkeypatch):
     assert second[: len(first)] == first
     assert second[0]["parameters"] > 0
     assert second[-1]["step"] > first[-1]["step"] > 0
+    assert min(row["held_out_loss"] for row in second[1:]) == min(row["best"] for row in second if "best" in row)
     assert second[-1]["held_out_loss"] < second[0]["unigram_loss"] + 1
     model = load_model(tmp_path / "model")
     assert model.config.tie_word_embeddings

@@ -107,7 +107,7 @@ def test_small_layers_are_skipped_with_a_log_line(caplog):
     with caplog.at_level(logging.INFO, logger="aaac_ao"):
         quantize_(model, AAACConfig(group_size=128))
     assert [type(w) for w in weights(model)] == [AAACTensor, torch.Tensor]
-    assert "in_features 96 is smaller than group_size 128" in caplog.text
+    assert "in_features 96, fewer than group_size 128: left as it is" in caplog.text
 
 
 def test_convert_skips_what_was_not_prepared(caplog):
@@ -171,3 +171,36 @@ def test_tied_weights_are_quantised_one_by_one():
     model[1].weight = model[0].weight
     quantize_(model, AAACConfig())
     assert torch.equal(model[0].weight, model[1].weight)
+
+
+def test_modules_that_cannot_be_quantised_are_named_before_any_change():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"2 layer\(s\).*\n  1: weight must be 2-D.*\n  2: has no parameter 'weight'"):
+        quantize_(model, AAACConfig(), lambda module, name: name != "")
+    assert not isinstance(model[0].weight, AAACTensor)
+    parametrised = nn.Sequential(nn.Linear(128, 128), nn.utils.parametrizations.weight_norm(nn.Linear(128, 128)))
+    with pytest.raises(ValueError, match="1: has no parameter 'weight'"):
+        quantize_(parametrised, AAACConfig(), lambda module, name: name in "01" and name != "")
+    assert not isinstance(parametrised[0].weight, AAACTensor)
+
+
+def test_names_in_the_callers_scope_do_not_matter():
+    def user_code(model, filter_fn):
+        quantize_(model[0], AAACConfig())
+
+    model = nn.Sequential(mlp(), mlp())
+    with torch.no_grad():
+        model[1][0].weight[0, 0] = float("nan")
+    user_code(model, [1, 2, 3])
+    assert all(isinstance(w, AAACTensor) for w in weights(model[0]))
+
+
+def test_mixed_with_other_torchao_configs():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model = mlp()
+    quantize_(model, FqnToConfig({"0": Int8WeightOnlyConfig(), "re:[24]": AAACConfig()}), filter_fn=None)
+    assert [type(w).__name__ for w in weights(model)] == ["Int8Tensor", "AAACTensor", "AAACTensor"]
+    quantize_(model, AAACConfig())
+    assert type(model[0].weight.data).__name__ == "Int8Tensor"
+    assert model(torch.randn(3, 128)).isfinite().all()

@@ -125,3 +125,14 @@ def test_quantise_on_load(tiny_llama, tmp_path):
     )
     quantize_(model.model, config)
     assert same_weights(model, loaded)
+
+
+def test_a_config_that_does_not_describe_the_weights_is_refused(tiny_llama):
+    model = tiny_llama()
+    quantize_(model.model, AAACConfig(group_size=64))
+    with pytest.raises(ValueError, match=r"q_proj holds AAACTensor.*'int4'.*format='nvfp4'"):
+        attach_hf_quantizer(model, AAACConfig(format="nvfp4"))
+    observed = tiny_llama()
+    quantize_(observed.model, AAACConfig(group_size=64, step="prepare"))
+    with pytest.raises(ValueError, match="still being observed"):
+        attach_hf_quantizer(observed, AAACConfig(group_size=64))

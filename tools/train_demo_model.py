@@ -2,9 +2,10 @@
 
     python tools/train_demo_model.py --minutes 110
 
-Writes model.safetensors (bf16), config.json, tokenizer.json and training_log.jsonl to --out. A run that is
-stopped continues from its checkpoint when the same command is given again. The learning rate follows the share
-of the time budget that is used, so a longer --minutes on the same checkpoint simply trains on.
+Writes model.safetensors (bf16, the state with the lowest held-out loss), config.json, tokenizer.json and
+training_log.jsonl to --out. A run that is stopped continues from its checkpoint when the same command is given again.
+The learning rate follows the share of the time budget that is used, so a longer --minutes on the same checkpoint simply
+trains on.
 """
 
 from __future__ import annotations
@@ -122,12 +123,13 @@ def train(args: argparse.Namespace) -> None:
     held_out = encode(tokenizer, corpus.held_out_texts()).to(device)
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), lr=args.lr)
-    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     if args.checkpoint.exists():
         saved = torch.load(args.checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        state |= saved["state"]
+        forget_later_rows(args.out / "training_log.jsonl", state["step"])
         log.info("continuing at step %d, %.1f minutes", state["step"], state["seconds"] / 60)
     counts = torch.bincount(data, minlength=args.vocab_size).double() + 1
     unigram = -(counts / counts.sum()).log()[held_out].mean().item()
@@ -157,8 +159,12 @@ def train(args: argparse.Namespace) -> None:
             done = state["seconds"] >= budget
             if done or state["seconds"] - last_report > args.report_seconds:
                 last_report = state["seconds"]
-                row = {**state, "seconds": round(state["seconds"]), "loss": round(loss.item(), 4)}
+                row = {key: round(state[key]) for key in ("step", "tokens", "seconds")}
+                row["loss"] = round(loss.item(), 4)
                 row["held_out_loss"] = round(held_out_loss(model, held_out, args), 4)
+                if row["held_out_loss"] < state["best"]:
+                    state["best"] = row["best"] = row["held_out_loss"]
+                    save(model, tokenizer, args.out)
                 journal.write(json.dumps(row) + "\n")
                 journal.flush()
                 log.info("%s", row)
@@ -166,7 +172,12 @@ def train(args: argparse.Namespace) -> None:
                 last_save = state["seconds"]
                 saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
                 torch.save(saved, args.checkpoint)
-    save(model, tokenizer, args.out)
+
+
+def forget_later_rows(journal: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run continues from."""
+    rows = [row for row in journal.read_text().splitlines() if json.loads(row).get("step", 0) <= step]
+    journal.write_text("".join(row + "\n" for row in rows))
 
 
 def main() -> None:

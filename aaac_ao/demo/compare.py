@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.calibrate import calibrate_, find_blocks
+from aaac_ao.blocks import find_blocks
+from aaac_ao.calibrate import calibrate_
 from aaac_ao.config import AAACConfig
 from aaac_ao.demo import corpus
 from aaac_ao.evaluate import (

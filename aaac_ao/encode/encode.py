@@ -85,13 +85,11 @@ def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | No
     importance = _importance(weight, config, statistics)
     groups = _Groups(weight, config.group_size)
     if config.codebooks != "learned":
-        return _encode_fixed(groups, importance, config, config.codebooks)
-    best = _encode_learned(groups, importance, config)
-    for name in FIXED_CODEBOOKS:
-        other = _encode_fixed(groups, importance, config, name)
-        if bool(other.error < best.error):
-            best = other
-    return best
+        return _assign(groups, importance, _fixed(groups, importance, config, config.codebooks), config)
+    candidates = [_learned(groups, importance, config)]
+    candidates += [_fixed(groups, importance, config, name) for name in FIXED_CODEBOOKS]
+    errors = [float(_error_of(groups, importance, candidate, config)) for candidate in candidates]
+    return _assign(groups, importance, candidates[errors.index(min(errors))], config)
 
 
 def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
@@ -109,9 +107,9 @@ def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
             f"in_features {weight.shape[1]} is smaller than group_size {config.group_size}; "
             "choose a smaller group_size or leave this layer out with filter_fn"
         )
-    finite = torch.isfinite(weight.float() if weight.dtype == torch.float64 else weight)  # it is encoded from fp32
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    extremes = torch.stack(weight.detach().aminmax()).float()  # fp32 is what it is encoded from; NaN shows here too
+    if not bool(torch.isfinite(extremes).all()):
+        bad = int((~torch.isfinite(weight.float())).sum())
         raise ValueError(
             f"weight of shape {list(weight.shape)} has {bad} NaN or infinite values; repair the model first"
         )
@@ -124,7 +122,8 @@ class _Groups:
         self.weight, self.group_size = weight.detach(), group_size
         self.rows, self.columns = weight.shape
         self.count = ceil_div(self.columns, group_size)
-        self.amax = weight.detach().abs().max().float()
+        low, high = weight.detach().aminmax()
+        self.amax = torch.maximum(-low, high).float()
 
     def cut(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [rows, columns] of any float dtype as fp32 [rows, groups, group_size]."""
@@ -169,7 +168,17 @@ def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.
     return fmt.round(groups.abs().amax(-1) / top, pts)
 
 
-def _encode_learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Encoding:
+@dataclass(frozen=True)
+class _Candidate:
+    """A pair of books to encode with, its `top` and per-tensor scale, and the weights by which groups choose a book."""
+
+    books: torch.Tensor
+    top: float
+    per_tensor_scale: torch.Tensor | None
+    select_by: torch.Tensor
+
+
+def _learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
     fmt = config.scale_format
     pts = fmt.per_tensor_scale(groups.amax, top=1.0, largest=LEARNED_LARGEST_E4M3)
     sample = groups.sample()
@@ -180,49 +189,53 @@ def _encode_learned(groups: _Groups, importance: torch.Tensor, config: AAACConfi
         for _ in range(REFINE_ROUNDS):
             scale = search_scales(sample, importance, fmt.candidates(scale, pts), NearestTable(books, 1.0), 1.0)
             books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, REFINE_ITERATIONS)
-    return _assign(groups, importance, importance, books.bfloat16().float(), 1.0, pts, config)
+    return _Candidate(books.bfloat16().float(), 1.0, pts, importance)
 
 
-def _encode_fixed(groups: _Groups, importance: torch.Tensor, config: AAACConfig, name: str) -> Encoding:
+def _fixed(groups: _Groups, importance: torch.Tensor, config: AAACConfig, name: str) -> _Candidate:
     """A fixed pair; without a scale search the book is chosen by plain squared error, as round-to-nearest does."""
     top = top_of(name)
     books = fixed_codebooks(name, config.group_size).to(groups.weight.device).sort(dim=1).values
     select_by = importance if config.scale_search else (importance > 0).float()
-    pts = config.scale_format.per_tensor_scale(groups.amax, top)
-    return _assign(groups, importance, select_by, books, top, pts, config)
+    return _Candidate(books, top, config.scale_format.per_tensor_scale(groups.amax, top), select_by)
 
 
-def _assign(
-    groups: _Groups,
-    importance: torch.Tensor,
-    select_by: torch.Tensor,
-    books: torch.Tensor,
-    top: float,
-    pts: torch.Tensor | None,
-    config: AAACConfig,
-) -> Encoding:
-    """Final scales, selectors and exact codes of the whole weight for given books."""
-    table, fmt = NearestTable(books, top), config.scale_format
-    codes, selectors, scales = [], [], []
-    error = torch.zeros((), dtype=torch.float64, device=books.device)
+def _encoded_chunks(
+    groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Exact codes, selectors, scales and the error of one chunk of rows after the other."""
+    books, top, pts, fmt = candidate.books, candidate.top, candidate.per_tensor_scale, config.scale_format
+    table = NearestTable(books, top)
     for chunk in groups.chunks():
         scale = _start_scale(chunk, top, fmt, pts)
         if config.scale_search:
-            scale = search_scales(chunk, select_by, fmt.candidates(scale, pts), table, top)
+            scale = search_scales(chunk, candidate.select_by, fmt.candidates(scale, pts), table, top)
         u = chunk * reciprocal(scale)[..., None]
         both = [nearest_codes(u, table, book, index) for index, book in enumerate(books)]
-        squared = torch.stack(
-            [
-                (torch.index_select(b, 0, c.view(-1)).view(u.shape) - u).square()
-                for b, c in zip(books, both, strict=True)
-            ]
-        )
-        selector = torch.lt(*(squared * select_by).sum(-1).flip(0))
-        chosen = torch.where(selector[..., None], both[1], both[0])
-        codes.append(chosen.flatten(1)[:, : groups.columns].to(torch.uint8))
-        selectors.append(selector)
-        scales.append(scale)
+        values = [torch.index_select(book, 0, codes.view(-1)) for book, codes in zip(books, both, strict=True)]
+        squared = torch.stack([(value.view(u.shape) - u).square() for value in values])
+        selector = torch.lt(*(squared * candidate.select_by).sum(-1).flip(0))
+        codes = torch.where(selector[..., None], both[1], both[0]).flatten(1)[:, : groups.columns]
         picked = torch.where(selector[..., None], squared[1], squared[0])
         # the square of a scale may leave the range of fp32
-        error += ((picked * importance).sum(-1).double() * scale.double().square()).sum()
-    return Encoding(torch.cat(codes), torch.cat(selectors), torch.cat(scales), books, pts, error)
+        error = ((picked * importance).sum(-1).double() * scale.double().square()).sum()
+        yield codes, selector, scale, error
+
+
+def _error_of(groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig) -> torch.Tensor:
+    return torch.stack([error for *_, error in _encoded_chunks(groups, importance, candidate, config)]).sum()
+
+
+def _assign(groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig) -> Encoding:
+    """The encoding of the whole weight; nothing but the result is held beyond a chunk."""
+    device, rows = groups.weight.device, groups.rows
+    codes = torch.empty(rows, groups.columns, dtype=torch.uint8, device=device)
+    selector = torch.empty(rows, groups.count, dtype=torch.bool, device=device)
+    scale = torch.empty(rows, groups.count, device=device)
+    errors, start = [], 0
+    for part in _encoded_chunks(groups, importance, candidate, config):
+        stop = start + len(part[0])
+        codes[start:stop], selector[start:stop], scale[start:stop] = part[:3]
+        errors.append(part[3])
+        start = stop
+    return Encoding(codes, selector, scale, candidate.books, candidate.per_tensor_scale, torch.stack(errors).sum())

@@ -33,7 +33,8 @@ def lloyd(
     for _ in range(iterations):
         errors = table.group_errors(bins, importance)
         book = (errors[1] < errors[0]).to(torch.int32)
-        histogram = torch.bincount((bins + book[..., None] * BINS).view(-1), mass, minlength=2 * BINS).view(2, BINS)
+        owner = (bins + book[..., None] * BINS).view(-1)
+        histogram = mass.new_zeros(2 * BINS).index_add_(0, owner, mass).view(2, BINS)
         codebooks = _weighted_means(histogram, table, codebooks)
         table = NearestTable(codebooks, top=1.0)
     return codebooks

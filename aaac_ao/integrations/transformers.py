@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from aaac_ao.config import AAACConfig
+from aaac_ao.observer import ObserverTensor
 from aaac_ao.tensor import AAACTensor
 
 
@@ -25,12 +26,18 @@ def attach_hf_quantizer(model: nn.Module, config: AAACConfig) -> None:
         config: the settings it was quantised with.
 
     Raises:
-        ValueError: the model has no quantised weight.
+        ValueError: the model has no quantised weight, one that is still observed, or one of another format.
     """
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in linears.items():
+        weight = module.weight
+        if isinstance(weight, ObserverTensor):
+            raise ValueError(f"{name} is still being observed: quantise with step='convert' first")
+        if isinstance(weight, AAACTensor) and (weight.format, weight.group_size) != (config.format, config.group_size):
+            raise ValueError(f"{name} holds {weight}, which is not what {config} describes")
     plain = [name for name, module in linears.items() if not isinstance(module.weight, AAACTensor)]
     if len(plain) == len(linears):
         raise ValueError("the model has no AAACTensor weight: quantise it first")
