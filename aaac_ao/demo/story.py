@@ -10,11 +10,9 @@ from torch import nn
 
 from aaac_ao.generate import Generation, generate
 
-PROMPT = '''class Timer:
-    """Measure elapsed time."""
-
-    def __init__(self, name):
-'''
+PROMPT = '''def copy_file(source, destination):
+    """Copy a file."""
+    with open(source, 'rb') as'''
 NEW_TOKENS = 100
 _COLUMN = 58
 

@@ -29,12 +29,12 @@ def lloyd(
     """
     table = NearestTable(codebooks, top=1.0)
     bins = table.bins(u)
-    mass = _exact_summands(importance * (scale * reciprocal(scale.max())).square()[..., None])
+    mass = _integer_masses(importance * (scale * reciprocal(scale.max())).square()[..., None])
     for _ in range(iterations):
         errors = table.group_errors(bins, importance)
         book = (errors[1] < errors[0]).to(torch.int32)
         owner = (bins + book[..., None] * BINS).view(-1)
-        histogram = mass.new_zeros(2 * BINS).index_add_(0, owner, mass).view(2, BINS)
+        histogram = mass.new_zeros(2 * BINS).index_add_(0, owner, mass).view(2, BINS).long()
         codebooks = _weighted_means(histogram, table, codebooks)
         table = NearestTable(codebooks, top=1.0)
     return codebooks
@@ -42,14 +42,17 @@ def lloyd(
 
 def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: torch.Tensor) -> torch.Tensor:
     """Mean of the bins that an entry owns, weighted by their mass; an entry without mass stays where it is."""
-    owner = torch.nn.functional.one_hot(table.codes, codebooks.shape[1]).double()  # [2, bins, 16]
-    total, moment = torch.stack([histogram, histogram * table.centers], dim=1).matmul(owner).unbind(1)
-    means = torch.where(total > 0, moment / total.clamp(min=1e-300), codebooks.double())
-    return means.float().sort(dim=1).values
+    zeros = torch.zeros(codebooks.shape, dtype=torch.int64, device=codebooks.device)
+    total = zeros.scatter_add(1, table.codes, histogram)
+    # bin b has its centre at (2 b + 1 - BINS) half steps: the first moment is a sum of integers too
+    half_steps = torch.arange(1 - BINS, BINS, 2, device=codebooks.device)
+    moment = zeros.scatter_add(1, table.codes, histogram * half_steps)
+    means = moment.double() / total.clamp(min=1) * (table.step / 2)
+    return torch.where(total > 0, means, codebooks.double()).float().sort(dim=1).values
 
 
-def _exact_summands(mass: torch.Tensor) -> torch.Tensor:
-    """Masses scaled and rounded to integers whose sums are exact in fp64: the order of summation cannot matter."""
+def _integer_masses(mass: torch.Tensor) -> torch.Tensor:
+    """Masses as integers with a sum below 2^48, exact also in fp64: no order of summation can change a result."""
     mass = mass.reshape(-1).double()
     largest = mass.max().clamp(min=1e-200)
-    return (mass * (2.0**52 / (mass.numel() * largest))).round_()
+    return (mass * (2.0**48 / (mass.numel() * largest))).round_()
