@@ -80,6 +80,7 @@ def quantize(
     format: Annotated[str, typer.Option(help="int4 (bf16 scales) or nvfp4 (E4M3 scales, groups of 16).")] = "int4",
     group_size: Annotated[int | None, typer.Option(help="int4: 128 (default), 64, 32; nvfp4: 16.")] = None,
     codebooks: Annotated[str, typer.Option(help="learned, int4, fp4, nf4, bof4, bof4-s or if4.")] = "learned",
+    rounding: Annotated[str, typer.Option(help="nearest, or gptq: second-order, needs --calibration.")] = "nearest",
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file to calibrate on; repeat for more. Without one: no data.")
     ] = None,
@@ -94,7 +95,7 @@ def quantize(
     from aaac_ao.evaluate import windows_of
     from aaac_ao.integrations.transformers import load_model, save_quantized
 
-    config = AAACConfig(format=format, group_size=group_size, codebooks=codebooks)
+    config = AAACConfig(format=format, group_size=group_size, codebooks=codebooks, rounding=rounding)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
     texts = [path.read_text(encoding="utf-8") for path in calibration or []]

@@ -24,7 +24,8 @@ class AAACConfig(AOBaseConfig):
         group_size: weights per scale; int4: 128 (default), 64 or 32; nvfp4: 16.
         codebooks: "learned" (two books per layer, activation-weighted k-means), or a fixed grid: "int4", "fp4",
             "nf4", "bof4", "bof4-s", "if4".
-        rounding: "nearest"; "gptq" (second-order rounding) is not available yet.
+        rounding: "nearest", or "gptq": second-order rounding with the full matrix of the inputs' second moments
+            (in_features^2 fp32 numbers per observed layer), which needs data.
         scale_search: search every group's scale together with its book. With fixed codebooks and no search the result
             is exactly round-to-nearest on that grid.
         iterations: k-means iterations of the learned books.
@@ -35,7 +36,6 @@ class AAACConfig(AOBaseConfig):
     Raises:
         ValueError: a value that is not listed above.
         TypeError: a value of the wrong type.
-        NotImplementedError: rounding="gptq".
     """
 
     format: str = "int4"
@@ -71,8 +71,6 @@ class AAACConfig(AOBaseConfig):
             raise ValueError(f"version {self.version} is not known to this aaac_ao, which writes 1; upgrade aaac_ao")
         if not isinstance(self.scale_search, bool):
             raise TypeError(f"scale_search must be a bool, got {self.scale_search!r}")
-        if self.rounding == "gptq":
-            raise NotImplementedError("rounding='gptq' is not available yet; use rounding='nearest'")
 
     @property
     def scale_format(self) -> ScaleFormat:

@@ -83,7 +83,8 @@ class ObserverTensor(TorchAOBaseTensor):
             raise ValueError(
                 "0 batches seen: run calibration batches through the model between 'prepare' and 'convert'"
             )
-        return Statistics(self.squares / tokens, tokens)
+        hessian = None if self.hessian is None else self.hessian / tokens
+        return Statistics(self.squares / tokens, tokens, hessian)
 
     def __repr__(self) -> str:
         return f"ObserverTensor(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"

@@ -57,7 +57,9 @@ def apply_step(module: nn.Module, config: AAACConfig, parameter_name: str = "wei
 
 def _next_weight(weight: torch.Tensor, config: AAACConfig) -> torch.Tensor:
     if config.step == "prepare":
-        return weight if isinstance(weight, ObserverTensor) else ObserverTensor.from_hp(weight)
+        if isinstance(weight, ObserverTensor):
+            return weight
+        return ObserverTensor.from_hp(weight, full=config.rounding == "gptq")
     if config.step == "prepare_for_loading":
         hp_weight = weight.hp_data if isinstance(weight, ObserverTensor) else weight
         return AAACTensor.empty(tuple(hp_weight.shape), config, hp_weight.dtype, hp_weight.device)
@@ -98,6 +100,10 @@ def problem_with(weight: torch.Tensor, config: AAACConfig) -> str | None:
     observed = isinstance(weight, ObserverTensor)
     if config.step is None and observed:
         return "is being observed: use step='convert'"
+    if config.step is None and config.rounding == "gptq":
+        return "rounding='gptq' needs data: use steps 'prepare' and 'convert', or calibrate_"
+    if config.step == "convert" and config.rounding == "gptq" and weight.hessian is None:
+        return "was prepared without rounding='gptq'"
     try:
         check_weight(weight.hp_data if observed else weight, config)
         if config.step == "convert":

@@ -92,12 +92,6 @@ def test_values_of_the_wrong_type_are_named(field, value):
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
-def test_gptq_is_not_available_yet(fmt):
-    with pytest.raises(NotImplementedError, match="gptq"):
-        AAACConfig(format=fmt, rounding="gptq")
-
-
 @pytest.mark.parametrize("step", [s for s in QuantizationStep if s.value in STEPS])
 def test_steps_of_torchao_become_plain_strings(step):
     config = AAACConfig(step=step)

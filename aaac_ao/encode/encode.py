@@ -5,6 +5,7 @@ Pure numerics on plain tensors, on any device; knows nothing of torchao. The ste
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, top_of
 from aaac_ao.config import AAACConfig
+from aaac_ao.encode.feedback import SecondOrderRounding
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
 from aaac_ao.encode.scales import reciprocal, search_scales
@@ -22,6 +24,8 @@ from aaac_ao.packing import ceil_div
 SAMPLE_WEIGHTS = 1 << 20
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond the result.
 CHUNK_WEIGHTS = 1 << 18
+#: The same for second-order rounding, whose matrix products want more rows at a time.
+SECOND_ORDER_WEIGHTS = 1 << 23
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
 REFINE_ROUNDS, REFINE_ITERATIONS = 3, 4
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
@@ -37,10 +41,12 @@ class Statistics:
     Attributes:
         second_moment: [in_features] fp32, E[x_j^2]: the diagonal of the layer's output error.
         tokens: how many input vectors were seen.
+        hessian: [in_features, in_features] fp32, E[x x^T]; only second-order rounding needs it.
     """
 
     second_moment: torch.Tensor
     tokens: int
+    hessian: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Encoding:
         scale: [N, groups] fp32 >= 0, exactly representable in the scale format.
         codebooks: [2, 16] fp32, ascending, exactly representable in bf16.
         per_tensor_scale: fp32 0-D, already contained in `scale`; None for bf16 scales.
-        error: sum over all weights of importance * (w - q)^2, fp64 0-D.
+        error: the objective, fp64 0-D: the sum over all weights of importance * (w - q)^2, or with second-order
+            rounding sum_n (w_n - q_n)^T H (w_n - q_n).
     """
 
     codes: torch.Tensor
@@ -74,7 +81,8 @@ def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | No
     3. alternately, a joint search of scale and book per group and further k-means;
     4. books rounded to bf16, everything re-assigned exactly.
 
-    The fixed grids stand as candidates: the result is never worse than any of them on this objective.
+    The fixed grids stand as candidates: the result is never worse than any of them on this objective. With
+    rounding="gptq" the codes are then chosen anew for the full H (see `feedback`), row by row where that is better.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
@@ -83,13 +91,10 @@ def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | No
     """
     check_weight(weight, config)
     importance = _importance(weight, config, statistics)
+    hessian = _checked_hessian(statistics, weight.shape[1]) if config.rounding == "gptq" else None
     groups = _Groups(weight, config.group_size)
-    if config.codebooks != "learned":
-        return _assign(groups, importance, _fixed(groups, importance, config, config.codebooks), config)
-    candidates = [_learned(groups, importance, config)]
-    candidates += [_fixed(groups, importance, config, name) for name in FIXED_CODEBOOKS]
-    errors = [float(_error_of(groups, importance, candidate, config)) for candidate in candidates]
-    return _assign(groups, importance, candidates[errors.index(min(errors))], config)
+    encoding = _assign(groups, importance, _best_candidate(groups, importance, config), config)
+    return encoding if hessian is None else _second_order(groups.weight, hessian, encoding, config)
 
 
 def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
@@ -168,6 +173,26 @@ def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.
     return fmt.round(groups.abs().amax(-1) / top, pts)
 
 
+def _checked_hessian(statistics: Statistics | None, in_features: int) -> torch.Tensor:
+    if statistics is None or statistics.hessian is None:
+        raise ValueError("rounding='gptq' needs the full second moments of calibration data; prepare the layer with it")
+    hessian = statistics.hessian.float()
+    if tuple(hessian.shape) != (in_features, in_features):
+        raise ValueError(f"hessian must have shape [{in_features}, {in_features}], got {list(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the Hessian has NaN or infinite values; check the calibration batches")
+    return hessian
+
+
+def _second_order(weight: torch.Tensor, hessian: torch.Tensor, start: Encoding, config: AAACConfig) -> Encoding:
+    """New codes for the full H, in chunks of rows."""
+    rounding = SecondOrderRounding(hessian.to(weight.device), start.codebooks, config.group_size)
+    rows = max(1, SECOND_ORDER_WEIGHTS // weight.shape[1])
+    parts = zip(*(part.split(rows) for part in (weight, start.scale, start.selector, start.codes)), strict=True)
+    codes, errors = zip(*(rounding(w.float(), *rest) for w, *rest in parts), strict=True)
+    return dataclasses.replace(start, codes=torch.cat(codes), error=torch.stack(errors).sum())
+
+
 @dataclass(frozen=True)
 class _Candidate:
     """A pair of books to encode with, its `top` and per-tensor scale, and the weights by which groups choose a book."""
@@ -176,6 +201,16 @@ class _Candidate:
     top: float
     per_tensor_scale: torch.Tensor | None
     select_by: torch.Tensor
+
+
+def _best_candidate(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
+    """The fixed pair that is asked for, or the best of the learned and all fixed ones."""
+    if config.codebooks != "learned":
+        return _fixed(groups, importance, config, config.codebooks)
+    candidates = [_learned(groups, importance, config)]
+    candidates += [_fixed(groups, importance, config, name) for name in FIXED_CODEBOOKS]
+    errors = [float(_error_of(groups, importance, candidate, config)) for candidate in candidates]
+    return candidates[errors.index(min(errors))]
 
 
 def _learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
