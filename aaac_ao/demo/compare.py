@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchao.quantization import quantize_
 from tqdm import tqdm
 
 from aaac_ao.blocks import find_blocks
@@ -57,7 +58,7 @@ class Row:
         megabytes: stored size of those layers.
         evaluation: perplexity and KL to the original.
         kl_recovered, perplexity_recovered: share of round-to-nearest's loss won back, None for the original.
-        seconds: calibration and encoding.
+        seconds: calibration, where a method uses data, and encoding.
     """
 
     method: str
@@ -120,7 +121,11 @@ def compare(model: nn.Module, tokenizer: Any, windows: int = 64, progress: bool 
         config = AAACConfig(format=format_name, group_size=group_size, **kwargs)
         quantised = copy.deepcopy(model)
         start = time.perf_counter()
-        calibrate_(quantised, config, calibration, progress=False)
+        if config.codebooks == "learned":
+            calibrate_(quantised, config, calibration, progress=False)
+        else:
+            for block in find_blocks(quantised):
+                quantize_(block, config)  # plain rounding looks at no data
         seconds = time.perf_counter() - start
         result = evaluate(quantised, held_out, model)
         baseline = result if method == "RTN" else baseline  # noqa: F821  (RTN comes first in every setting)
