@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of
 from aaac_ao.config import AAACConfig
+from aaac_ao.evaluate import evaluation_mode
 from aaac_ao.observer import ObserverTensor
 from aaac_ao.transform import apply_step, is_left_alone, problem_with, raise_problems
 
@@ -64,7 +65,7 @@ def calibrate_(
     if not layers:
         logger.warning("every selected layer is quantised already or smaller than group_size %d", config.group_size)
         return model
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), _without_caches(model), torch.no_grad():
         record = _first_pass(model, batches, layers)
         blocks = [] if record.broken else record.blocks
         if record.blocks and record.broken:
@@ -126,19 +127,15 @@ def _run(model: nn.Module, batch: Batch) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without key-value caches, undone module by module at the end."""
-    training = {module: module.training for module in model.modules()}
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """No key-value caches, in any part of the model; undone at the end."""
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(c): (c, c.use_cache) for c in found if getattr(c, "use_cache", None) is not None}
-    model.eval()
     for config, _ in configs.values():
         config.use_cache = False
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for config, use_cache in configs.values():
             config.use_cache = use_cache
 

@@ -75,7 +75,7 @@ def evaluate(
     device = next(model.parameters()).device
     loss = kl = torch.zeros((), dtype=torch.float64)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    with _evaluation_mode(model, reference):
+    with evaluation_mode(model, reference):
         for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=not progress, leave=False):
             batch = batch.to(device)
             targets = batch[:, 1:].flatten()
@@ -95,7 +95,7 @@ def evaluate(
 
 
 @contextmanager
-def _evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+def evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
     """Evaluation mode, undone module by module at the end."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
     for module in modes:

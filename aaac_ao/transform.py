@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchao.quantization import quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
@@ -132,13 +133,16 @@ def _check_selected(module: nn.Module, config: AAACConfig, parameter_name: str) 
     """Check all weights that this `quantize_` call will hand over, once, before the first of them changes."""
     if _sound.pop(module, None) == _identity(module, config, parameter_name):
         return
-    root, filter_fn = _calling_model(module)
+    root, filter_fn = _calling_model(module, config)
     problems, sound = {}, {}
     for name, candidate in root.named_modules():
         if candidate is not module and not filter_fn(candidate, name):
             continue
-        weight = candidate._parameters.get(parameter_name)
-        problem = f"has no parameter {parameter_name!r}" if weight is None else problem_with(weight, config)
+        weight = getattr(candidate, parameter_name, None)
+        if not isinstance(weight, torch.Tensor) or is_parametrized(candidate, parameter_name):
+            problem = f"has no parameter {parameter_name!r}"
+        else:
+            problem = problem_with(weight, config)
         if problem is not None:
             problems[name or _describe(candidate)] = problem
         elif candidate is not module:
@@ -149,12 +153,12 @@ def _check_selected(module: nn.Module, config: AAACConfig, parameter_name: str) 
 
 def _identity(module: nn.Module, config: AAACConfig, parameter_name: str) -> tuple:
     """What a check holds for: this weight, with these values, under this config."""
-    weight = module._parameters.get(parameter_name)
+    weight = getattr(module, parameter_name, None)
     version = None if weight is None or weight.is_inference() else weight._version
     return id(config), id(weight), version
 
 
-def _calling_model(module: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, str], bool]]:
+def _calling_model(module: nn.Module, config: AAACConfig) -> tuple[nn.Module, Callable[[nn.Module, str], bool]]:
     """The model and filter of the `quantize_` call that this handler runs in; the module alone if there is none.
 
     torchao hands over one module at a time without its name or its model. Both stand in the local variables of
@@ -163,9 +167,8 @@ def _calling_model(module: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, s
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is quantize_.__code__:
-            model, filter_fn = frame.f_locals["model"], frame.f_locals["filter_fn"]
-            if filter_fn is not None:  # None: an FqnToConfig, whose choice of layers is torchao's own
-                return model, filter_fn
+            if frame.f_locals["config"] is config:  # not one of a config that wraps ours and chooses layers itself
+                return frame.f_locals["model"], frame.f_locals["filter_fn"]
             break
         frame = frame.f_back
     return module, lambda candidate, name: candidate is module

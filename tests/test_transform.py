@@ -204,3 +204,16 @@ def test_mixed_with_other_torchao_configs():
     quantize_(model, AAACConfig())
     assert type(model[0].weight.data).__name__ == "Int8Tensor"
     assert model(torch.randn(3, 128)).isfinite().all()
+
+
+def test_inside_torchaos_awq():
+    from torchao.prototype.awq import AWQConfig
+
+    model, x = mlp(torch.bfloat16), torch.randn(64, 128, dtype=torch.bfloat16) * torch.linspace(0.1, 4, 128)
+    x = x.bfloat16()
+    dense = model(x)
+    quantize_(model, AWQConfig(AAACConfig(format="nvfp4"), step="prepare"))
+    model(x)
+    quantize_(model, AWQConfig(AAACConfig(format="nvfp4"), step="convert"))
+    assert all(isinstance(w, AAACTensor) and w.act_pre_scale is not None for w in weights(model))
+    assert (model(x) - dense).float().norm() < 0.15 * dense.float().norm()
