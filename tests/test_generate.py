@@ -9,13 +9,14 @@ from aaac_ao import AAACConfig
 from aaac_ao.generate import generate
 
 
-def reference(model, prompt, new_tokens):
-    """Greedy decoding without any cache."""
-    ids = prompt[None]
-    for _ in range(new_tokens):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0]
+def assert_greedy(model, prompt, ids, new_tokens):
+    """Every new token is the best one by a pass without a cache, up to rounding: random models are close to ties."""
+    assert len(ids) == len(prompt) + new_tokens
+    assert torch.equal(ids[: len(prompt)], prompt)
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, ids[len(prompt) :, None])[:, 0]
+    assert (chosen >= logits.amax(1) - 1e-4 * logits.abs().amax()).all()
 
 
 @pytest.mark.parametrize("config", [None, AAACConfig(format="nvfp4"), AAACConfig(group_size=64)])
@@ -24,7 +25,7 @@ def test_equals_decoding_without_a_cache(tiny_llama, config):
     if config is not None:
         quantize_(model.model, config)
     prompt = torch.randint(0, 97, (5,))
-    assert torch.equal(generate(model, prompt, 12, compile_step=False).ids, reference(model, prompt, 12))
+    assert_greedy(model, prompt, generate(model, prompt, 12, compile_step=False).ids, 12)
 
 
 def test_compiled_decoding_is_one_graph_for_all_steps(tiny_llama):
@@ -36,7 +37,7 @@ def test_compiled_decoding_is_one_graph_for_all_steps(tiny_llama):
     result = generate(model, prompt, 10)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert torch.equal(result.ids, reference(model, prompt, 10))
+    assert_greedy(model, prompt, result.ids, 10)
     assert result.tokens_per_second > 0
 
 
