@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,39 +114,42 @@ def compare(model: nn.Module, tokenizer: Any, windows: int = 64, progress: bool 
     original = evaluate(model, held_out, model)
     weights = sum(layer.weight.numel() for layer in _layers(model))
     rows = [Row("original (bf16)", None, None, 16.0, weights * 2 / 1e6, original)]
-    models = {}
+    models: dict[str, nn.Module] = {}
+    baseline = original  # replaced by each setting's first method, RTN
     plan = [(f, g, method, kwargs) for f, g, methods in SETTINGS for method, kwargs in methods]
     bar = tqdm(plan, disable=not progress)
     for format_name, group_size, method, kwargs in bar:
         bar.set_description(f"{format_name} {method}")
         config = AAACConfig(format=format_name, group_size=group_size, **kwargs)
-        quantised = copy.deepcopy(model)
-        start = time.perf_counter()
-        if config.codebooks == "learned":
-            calibrate_(quantised, config, calibration, progress=False)
-        else:
-            for block in find_blocks(quantised):
-                quantize_(block, config)  # plain rounding looks at no data
-        seconds = time.perf_counter() - start
+        quantised, seconds = _quantised_copy(model, config, calibration)
         result = evaluate(quantised, held_out, model)
-        baseline = result if method == "RTN" else baseline  # noqa: F821  (RTN comes first in every setting)
+        if method == "RTN":
+            baseline = result
         bits = linear_bits_per_weight(_layers(quantised))
+        row = Row(method, format_name, group_size, bits, bits * weights / 8e6, result)
         rows.append(
-            Row(
-                method,
-                format_name,
-                group_size,
-                bits,
-                bits * weights / 8e6,
-                result,
-                gap_recovered(result.kl, baseline.kl, 0.0),
-                gap_recovered(result.perplexity, baseline.perplexity, original.perplexity),
-                seconds,
+            dataclasses.replace(
+                row,
+                kl_recovered=gap_recovered(result.kl, baseline.kl, 0.0),
+                perplexity_recovered=gap_recovered(result.perplexity, baseline.perplexity, original.perplexity),
+                seconds=seconds,
             )
         )
         if method == "AAAC":
             models[format_name] = quantised
     return Comparison(rows, models, unigram_perplexity(training, held_out, model.config.vocab_size))
+
+
+def _quantised_copy(model: nn.Module, config: AAACConfig, calibration: Any) -> tuple[nn.Module, float]:
+    """A quantised copy of the model, and the seconds it took."""
+    quantised = copy.deepcopy(model)
+    start = time.perf_counter()
+    if config.codebooks == "learned":
+        calibrate_(quantised, config, calibration, progress=False)
+    else:
+        for block in find_blocks(quantised):
+            quantize_(block, config)  # plain rounding looks at no data
+    return quantised, time.perf_counter() - start
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
