@@ -58,10 +58,12 @@ def calibrate_(
             that no batch reaches. Nothing was changed then.
     """
     batches = _checked_batches(batches)
-    layers = _selected_layers(model, filter_fn)
+    layers = selected_layers(model, filter_fn)
+    if not layers:
+        raise ValueError("no nn.Linear is selected: check filter_fn")
     prepare = dataclasses.replace(config, step="prepare")
-    raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, prepare)) is not None})
-    layers = {name: module for name, module in layers.items() if not is_left_alone(module.weight, config)}
+    _refuse_problems(layers, prepare)
+    layers = {name: module for name, module in layers.items() if not is_left_alone(module.weight, prepare)}
     if not layers:
         logger.warning("every selected layer is quantised already or smaller than group_size %d", config.group_size)
         return model
@@ -97,14 +99,16 @@ def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     return checked
 
 
-def _selected_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
+def selected_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Module]:
+    """The linear layers, by name, that `filter_fn` selects; by default all but the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if filter_fn is None:
         filter_fn = lambda module, name: module is not head  # noqa: E731
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
-    if not layers:
-        raise ValueError("no nn.Linear is selected: check filter_fn")
-    return layers
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
+
+
+def _refuse_problems(layers: dict[str, nn.Module], config: AAACConfig) -> None:
+    raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, config)) is not None})
 
 
 # running the model
@@ -226,7 +230,7 @@ def _observing(layers: dict[str, nn.Module], config: AAACConfig) -> Iterator[Non
         for module in layers.values():
             apply_step(module, prepare)
         yield
-        raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, convert)) is not None})
+        _refuse_problems(layers, convert)
         for module in layers.values():
             apply_step(module, convert)
     except BaseException:

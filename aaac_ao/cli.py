@@ -89,9 +89,11 @@ def quantize(
     device: DeviceOption = "cpu",
 ) -> None:
     """Quantise a causal language model and write it as a transformers checkpoint."""
+    from torchao.quantization import quantize_
     from transformers import AutoTokenizer
 
     from aaac_ao import AAACConfig, calibrate_
+    from aaac_ao.calibrate import selected_layers
     from aaac_ao.evaluate import windows_of
     from aaac_ao.integrations.transformers import load_model, save_quantized
 
@@ -102,14 +104,15 @@ def quantize(
     _check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = load_model(model).to(device)
-    if not any(isinstance(module, torch.nn.Linear) for module in _without_head(loaded)):
+    layers = selected_layers(loaded)
+    if not layers:
         raise ValueError(f"{model} has no nn.Linear besides its output head (GPT-2's Conv1D is not supported)")
     if texts:
         ids = _token_ids(tokenizer, "\n\n".join(texts))
         batches = windows_of(ids, min(window, len(ids)), windows).split(8)
         calibrate_(loaded, config, batches)
     else:
-        _quantise_without_data(loaded, config)
+        quantize_(loaded, config, lambda module, name: name in layers)
     save_quantized(loaded, config, out, tokenizer)
     typer.echo(f"wrote {out}: {_size_line(loaded)}")
     _explain_what_is_left(loaded, config)
@@ -134,20 +137,8 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
 
 
-def _without_head(model: torch.nn.Module) -> list[torch.nn.Module]:
-    head = model.get_output_embeddings()
-    return [module for module in model.modules() if module is not head]
-
-
 def _token_ids(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # longer than the model's window on purpose
-
-
-def _quantise_without_data(model: torch.nn.Module, config: Any) -> None:
-    from torchao.quantization import quantize_
-
-    head = model.get_output_embeddings()
-    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and module is not head)
 
 
 def _size_line(model: torch.nn.Module) -> str:

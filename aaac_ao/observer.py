@@ -109,9 +109,8 @@ implements = ObserverTensor.implements
 @ObserverTensor.implements_torch_function(linear)
 def _(func, types, args, kwargs):
     x, weight, bias = linear_arguments(*args, **kwargs)
-    if weight.transposed:
-        return linear(x, weight.hp_data, bias)
-    weight.observe(x)
+    if not weight.transposed:
+        weight.observe(x)
     return linear(x, weight.hp_data, bias)
 
 

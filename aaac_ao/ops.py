@@ -14,6 +14,8 @@ fp32 in chunks of rows, so that a call never holds more than about 32 MB beyond 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from aaac_ao.formats import load_scale
@@ -36,7 +38,7 @@ def linear(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] in the dtype of x, accumulated in fp32.
+    """Linear layer y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] is in its dtype, summed in fp32.
 
     Raises:
         ValueError: the parts do not belong together, x has another number of features, or devices differ.
@@ -49,10 +51,7 @@ def linear(
     y = x.new_empty(len(flat), out_features)
     # neither the inputs of a block nor its results are more than CHUNK_INPUTS
     block_rows = max(1, CHUNK_INPUTS // max(x.shape[-1], min(_rows_per_chunk(qdata), out_features)))
-    for start in range(0, out_features, _rows_per_chunk(qdata)):
-        stop = min(start + _rows_per_chunk(qdata), out_features)
-        part = qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)]
-        w = _decode(natural_bytes(part)[: stop - start], scale[start:stop], codebooks, group_size, x.shape[-1])
+    for start, stop, w in _decoded_chunks(qdata, scale, codebooks, group_size, x.shape[-1]):
         for rows in range(0, len(flat), block_rows):
             block = slice(rows, rows + block_rows)
             result = flat[block].float() @ w.t()
@@ -122,10 +121,7 @@ def dequantize(
     _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
     w = torch.empty(scale.shape[0], in_features, dtype=dtype, device=qdata.device)
-    for start in range(0, len(w), _rows_per_chunk(qdata)):
-        stop = min(start + _rows_per_chunk(qdata), len(w))
-        part = natural_bytes(qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)])[: stop - start]
-        decoded = _decode(part, scale[start:stop], codebooks, group_size, in_features)
+    for start, stop, decoded in _decoded_chunks(qdata, scale, codebooks, group_size, in_features):
         w[start:stop] = decoded if per_tensor_scale is None else decoded.mul_(per_tensor_scale)
     return w
 
@@ -169,6 +165,17 @@ def dequantize_rows(
     bits = scale.view(torch.uint8).view(*scale.shape, -1)[rows].flatten(1).view(scale.dtype)
     w = _decode(bytes_of_rows(qdata, rows), bits, codebooks, group_size, in_features)
     return (w if per_tensor_scale is None else w.mul_(per_tensor_scale)).to(dtype)
+
+
+def _decoded_chunks(
+    qdata: torch.Tensor, scale: torch.Tensor, codebooks: torch.Tensor, group_size: int, in_features: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """First row, end row and fp32 weights of one chunk of rows after the other, without the per-tensor scale."""
+    out_features, rows = scale.shape[0], _rows_per_chunk(qdata)
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        pairs = natural_bytes(qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)])[: stop - start]
+        yield start, stop, _decode(pairs, scale[start:stop], codebooks, group_size, in_features)
 
 
 def _decode(

@@ -13,7 +13,7 @@ from aaac_ao import ops
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, Statistics, encode
 from aaac_ao.formats import FORMATS
-from aaac_ao.packing import TILE_BYTES, TILE_COLUMNS, TILE_ROWS, ceil_div, pack, packed_shape
+from aaac_ao.packing import TILE_BYTES, TILE_COLUMNS, ceil_div, pack, packed_shape
 
 
 class AAACTensor(TorchAOBaseTensor):
@@ -263,16 +263,6 @@ def _build(fields: dict[str, Any]) -> AAACTensor:
 @torch.compiler.disable
 def _from_hp(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None) -> AAACTensor:
     return AAACTensor.from_encoding(encode(weight, config, statistics), config, weight.dtype)
-
-
-def column_unit(weight: AAACTensor) -> int:
-    """Smallest number of input columns that cuts neither a tile nor a group."""
-    return math.lcm(TILE_COLUMNS, weight.group_size)
-
-
-def row_unit() -> int:
-    """Smallest number of output rows that does not cut a tile."""
-    return TILE_ROWS
 
 
 AAACTensor.__module__ = "aaac_ao"

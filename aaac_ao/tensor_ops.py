@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torchao.utils import fill_defaults
 from aaac_ao import ops
 from aaac_ao.ops import linear_arguments
 from aaac_ao.packing import TILE_BYTES, TILE_COLUMNS, TILE_ROWS, ceil_div
-from aaac_ao.tensor import AAACTensor, column_unit, row_unit
+from aaac_ao.tensor import AAACTensor
 
 aten = torch.ops.aten
 implements = AAACTensor.implements
@@ -82,18 +83,14 @@ def _(func, types, args, kwargs):
 # views
 
 
-def _wrap(func, args, kwargs, out: AAACTensor) -> AAACTensor:
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
 @implements(aten.t.default)
 def _(func, types, args, kwargs):
-    return _wrap(func, args, kwargs, _transpose(args[0], True))
+    return return_and_correct_aliasing(func, args, kwargs, _transpose(args[0], True))
 
 
 @implements(aten.transpose.int)
 def _(func, types, args, kwargs):
-    return _wrap(func, args, kwargs, _transpose(args[0], _dim(args[1]) != _dim(args[2])))
+    return return_and_correct_aliasing(func, args, kwargs, _transpose(args[0], _dim(args[1]) != _dim(args[2])))
 
 
 @implements(aten.permute.default)
@@ -101,7 +98,7 @@ def _(func, types, args, kwargs):
     dims = [_dim(dim) for dim in args[1]]
     if sorted(dims) != [0, 1]:
         raise ValueError(f"an AAACTensor has two dimensions, it cannot be permuted to {list(args[1])}")
-    return _wrap(func, args, kwargs, _transpose(args[0], dims == [1, 0]))
+    return return_and_correct_aliasing(func, args, kwargs, _transpose(args[0], dims == [1, 0]))
 
 
 def _transpose(weight: AAACTensor, flip: bool) -> AAACTensor:
@@ -123,13 +120,18 @@ def _(func, types, args, kwargs):
         raise ValueError(
             f"an AAACTensor of shape {list(weight.shape)} cannot be viewed as {shape}; dequantize() it first"
         )
-    return _wrap(func, args, kwargs, weight._apply_fn_to_data(lambda part: part.detach()))
+    return return_and_correct_aliasing(func, args, kwargs, weight._apply_fn_to_data(lambda part: part.detach()))
+
+
+def _column_unit(weight: AAACTensor) -> int:
+    """Smallest number of input columns that cuts neither a tile nor a group."""
+    return math.lcm(TILE_COLUMNS, weight.group_size)
 
 
 def _slice(weight: AAACTensor, dim: int, start: int, stop: int) -> AAACTensor:
     """Rows or columns [start, stop) as a view; they must not cut a tile or a group."""
     rows = (_dim(dim) == 0) != weight.transposed
-    size, unit = (weight.out_features, row_unit()) if rows else (weight.in_features, column_unit(weight))
+    size, unit = (weight.out_features, TILE_ROWS) if rows else (weight.in_features, _column_unit(weight))
     start, stop = (min(max(edge + size if edge < 0 else edge, 0), size) for edge in (start, stop))
     if stop <= start:
         raise ValueError(f"empty slice [{start}:{stop}] of an AAACTensor dimension of size {size}")
@@ -162,7 +164,7 @@ def _(func, types, args, kwargs):
     if step != 1:
         raise ValueError(f"an AAACTensor can only be sliced with step 1, got {step}")
     stop = weight.shape[dim] if stop is None else stop
-    return _wrap(func, args, kwargs, _slice(weight, dim, start or 0, stop))
+    return return_and_correct_aliasing(func, args, kwargs, _slice(weight, dim, start or 0, stop))
 
 
 def _split(weight: AAACTensor, sizes: list[int], dim: int) -> list[AAACTensor]:
@@ -203,7 +205,7 @@ def _needs_rows(weight: AAACTensor, what: str) -> None:
 @implements(aten.select.int)
 def _(func, types, args, kwargs):
     weight, dim, index = args
-    if (dim % 2 == 0) == weight.transposed:
+    if (_dim(dim) == 0) == weight.transposed:
         return weight.dequantize().select(dim, index)
     return _rows(weight, torch.tensor(index, device=weight.device))
 
@@ -251,7 +253,7 @@ def _(func, types, args, kwargs):
     rows = (dim == 0) != first.transposed
     for other in weights[1:]:
         _check_joinable(first, other, rows)
-    unit = row_unit() if rows else column_unit(first)
+    unit = TILE_ROWS if rows else _column_unit(first)
     sizes = [w.out_features if rows else w.in_features for w in weights]
     if any(size % unit for size in sizes[:-1]):
         raise ValueError(f"cat of AAACTensors of sizes {sizes}: all but the last must be multiples of {unit}")
@@ -315,14 +317,14 @@ def _(func, types, args, kwargs):
     device, non_blocking = target["device"], kwargs.get("non_blocking", False)
     # copy: on the same device `to` would return the very parts, and writing to the result would change the source
     moved = {name: part.to(device, non_blocking=non_blocking, copy=True) for name, part in weight._inner().items()}
-    return _wrap(func, args, kwargs, weight._replace(**moved, dtype=target["dtype"]))
+    return return_and_correct_aliasing(func, args, kwargs, weight._replace(**moved, dtype=target["dtype"]))
 
 
 @implements(aten.clone.default)
 def _(func, types, args, kwargs):
     out = args[0]._apply_fn_to_data(lambda part: func(part, *args[1:], **kwargs))
     out.partial_view = False  # it owns its codebooks
-    return _wrap(func, args, kwargs, out)
+    return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 @implements(aten.empty_like.default)

@@ -48,6 +48,14 @@ def test_equals_observing_the_whole_model(tiny_llama):
     assert "lm_head" not in quantised(model)
 
 
+@pytest.mark.parametrize("step", ["prepare", "convert", "prepare_for_loading"])
+def test_the_step_of_the_config_is_ignored(tiny_llama, step):
+    model, batches = tiny_llama(), ids()
+    expected = observed_at_once(model, batches)
+    calibrate_(model, AAACConfig(group_size=64, step=step), batches, progress=False)
+    assert same_weights(model, expected)
+
+
 def test_dicts_with_padding_masks(tiny_llama):
     model = tiny_llama()
     batches = [{"input_ids": b, "attention_mask": (torch.arange(b.shape[1]) < 7).expand(b.shape).long()} for b in ids()]

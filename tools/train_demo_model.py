@@ -47,14 +47,6 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts) -> torch.Tensor:
-    """All texts as one stream of ids, each text ended by the end-of-text token."""
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    return torch.tensor(ids)
-
-
 def new_model(args: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
@@ -119,8 +111,8 @@ def train(args: argparse.Namespace) -> None:
     else:
         tokenizer = train_tokenizer(args.vocab_size)
         tokenizer.save_pretrained(args.out)
-    data = encode(tokenizer, corpus.training_texts()).to(device)
-    held_out = encode(tokenizer, corpus.held_out_texts()).to(device)
+    data = corpus.token_stream(tokenizer, corpus.training_texts()).to(device)
+    held_out = corpus.token_stream(tokenizer, corpus.held_out_texts()).to(device)
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), lr=args.lr)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}

@@ -91,14 +91,6 @@ def load_demo_model() -> tuple[nn.Module, Any]:
     return load_model(MODEL_DIRECTORY, torch.float32), AutoTokenizer.from_pretrained(MODEL_DIRECTORY)
 
 
-def token_stream(tokenizer: Any, texts: Any) -> torch.Tensor:
-    """All texts as one stream of ids, each followed by the end-of-text token."""
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-    return torch.tensor(ids)
-
-
 def compare(model: nn.Module, tokenizer: Any, windows: int = 64, progress: bool = True) -> Comparison:
     """Quantise copies of `model` with every method of `SETTINGS` and evaluate them on the held-out modules.
 
@@ -108,8 +100,8 @@ def compare(model: nn.Module, tokenizer: Any, windows: int = 64, progress: bool 
         windows: evaluation windows of 512 tokens.
         progress: show progress bars.
     """
-    training = token_stream(tokenizer, corpus.training_texts())
-    held_out = windows_of(token_stream(tokenizer, corpus.held_out_texts()), WINDOW, windows)
+    training = corpus.token_stream(tokenizer, corpus.training_texts())
+    held_out = windows_of(corpus.token_stream(tokenizer, corpus.held_out_texts()), WINDOW, windows)
     calibration = windows_of(training, WINDOW, CALIBRATION_WINDOWS).split(8)
     original = evaluate(model, held_out, model)
     weights = sum(layer.weight.numel() for layer in _layers(model))

@@ -7,8 +7,11 @@ evaluated on modules that were held out of training. All of `HELD_OUT` exists in
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 #: Modules never seen in training; perplexity and KL are measured on them.
 HELD_OUT = (
@@ -69,6 +72,14 @@ def training_texts() -> Iterator[str]:
     for path in stdlib_files():
         if path.relative_to(root).as_posix() not in HELD_OUT:
             yield _read(path)
+
+
+def token_stream(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
+    """All texts as one stream of ids, each followed by the end-of-text token."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+    return torch.tensor(ids)
 
 
 def _read(path: Path) -> str:
