@@ -24,13 +24,22 @@ class _StartUpChatter:
 
 with _StartUpChatter():
     from aaac_ao import tensor_ops, transform  # noqa: F401  (imported for what they register)
-    from aaac_ao.calibrate import calibrate_
+    from aaac_ao.calibrate import calibrate_, collect_statistics
     from aaac_ao.config import AAACConfig, aaac_config
     from aaac_ao.encode import Statistics
     from aaac_ao.integrations import torchao as _torchao
+    from aaac_ao.statistics import merge_statistics
     from aaac_ao.tensor import AAACTensor
 
 _torchao.register()
 
 __version__ = "0.1.0"
-__all__ = ["AAACConfig", "AAACTensor", "Statistics", "aaac_config", "calibrate_"]
+__all__ = [
+    "AAACConfig",
+    "AAACTensor",
+    "Statistics",
+    "aaac_config",
+    "calibrate_",
+    "collect_statistics",
+    "merge_statistics",
+]

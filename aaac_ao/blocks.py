@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from aaac_ao.hidden import StateCache
+
 #: The call of a block: positional arguments after the hidden states, and keyword arguments.
 Call = tuple[tuple, dict[str, Any]]
+#: How many different argument tensors of blocks are compared with new ones.
+_REMEMBERED = 16
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -36,13 +42,14 @@ class CallRecord:
 
     Attributes:
         hidden: the inputs of the first block, one tensor per batch.
-        calls: the other arguments, per batch and block. Tensors that all blocks share, as masks are, are held once.
+        calls: the other arguments, per batch and block. Equal tensors, as masks and rotary tables are, are held once.
         broken: why the blocks are not a chain, or None. Nothing is held then.
     """
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, blocks: list[nn.Module], hidden: StateCache | None = None) -> None:
         self.blocks = blocks
-        self.hidden: list[torch.Tensor] = []
+        self.hidden = StateCache() if hidden is None else hidden
+        self._known: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []
         self.broken: str | None = None if blocks else "there is no list of blocks"
 
@@ -71,7 +78,7 @@ class CallRecord:
         else:
             if index == 0:
                 self.hidden.append(states)
-            self.calls[-1].append((tuple(args), kwargs))
+            self.calls[-1].append((self._held_once(tuple(args)), self._held_once(kwargs)))
             self._states, self._version = states, states._version
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
@@ -85,8 +92,24 @@ class CallRecord:
             self._break("a block changes its input in place")
 
     def _break(self, reason: str) -> None:
-        self.broken, self.hidden, self.calls = reason, [], [[]]
-        self._states = self._output = None
+        self.broken, self.hidden, self.calls = reason, StateCache(), [[]]
+        self._states, self._output, self._known = None, None, []
+
+    def _held_once(self, value: Any) -> Any:
+        """The same arguments, with tensors replaced by equal ones that were seen before."""
+        if isinstance(value, dict):
+            return {key: self._held_once(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._held_once(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        for known in self._known:
+            if known is value or (
+                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+            ):
+                return known
+        self._known = [*self._known[-_REMEMBERED + 1 :], value]
+        return value
 
 
 def _is_plain(value: Any) -> bool:
@@ -96,3 +119,84 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(item) for item in value.values())
     return value is None or isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+class Stop(Exception):  # noqa: N818  (a signal, not an error)
+    """Leaves a forward pass early."""
+
+
+@contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def captured_inputs(
+    run: Callable[[], Any], sites: Iterable[nn.Module], until: nn.Module | None
+) -> dict[nn.Module, list[torch.Tensor]]:
+    """The inputs of modules during `run`, one per call; the run ends at the first call of `until`."""
+    found: dict[nn.Module, list[torch.Tensor]] = {site: [] for site in sites}
+
+    def keep(module, args, kwargs):
+        found[module].append(input_of(args, kwargs))
+        if module is until:
+            raise Stop
+
+    with hooks(site.register_forward_pre_hook(keep, with_kwargs=True) for site in found), suppress(Stop):
+        run()
+    return found
+
+
+def residual_bases(block: nn.Module, run: Callable[[], Any], layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """For layers whose output is added to the residual stream: the module whose input is that stream before.
+
+    Found by value, on one call of the block: an output y for which b + y appears, with b an input seen before the layer
+    was called, and the sum an input of a later module or the output of the block.
+
+    Args:
+        block: a decoder block.
+        run: calls the block once.
+        layers: the layers in question, by name.
+    """
+    events: list[tuple[nn.Module, torch.Tensor, bool]] = []  # module, tensor, whether it is a layer's output
+
+    def before(module, args, kwargs):
+        if isinstance(x := input_of(args, kwargs), torch.Tensor):
+            events.append((module, x, False))
+
+    def after(module, args, output):
+        if isinstance(y := hidden_states_of(output), torch.Tensor):
+            events.append((module, y, module is not block))
+
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in block.modules()]
+    handles += [m.register_forward_hook(after) for m in (*layers.values(), block)]
+    with hooks(handles):
+        run()
+    names, found = {module: name for name, module in layers.items()}, {}
+    for position, (layer, y, is_output) in enumerate(events):
+        if not is_output or layer in {e[0] for e in events[:position] if e[2]}:
+            continue
+        streams = [event for event in reversed(events[:position]) if not event[2]]
+        sums = [event[1] for event in events[position + 1 :] if not event[2]]
+        for site, base, _ in streams:
+            if any(_is_sum(total, base, y) for total in sums):
+                found[names[layer]] = site
+                break
+    return found
+
+
+def _is_sum(total: torch.Tensor, base: torch.Tensor, y: torch.Tensor) -> bool:
+    if not total.shape == base.shape == y.shape:
+        return False
+    added = total.float() - base.float()
+    return bool((added - y.float()).norm() < 0.05 * added.norm())

@@ -1,82 +1,171 @@
 """`calibrate_`: quantise a model with data in one call, one decoder block after the other.
 
 A first pass over the data runs the original model once, to refuse bad data before anything changes and to keep the
-inputs of the first block. Then every block is observed, quantised and left: only its own statistics are alive, and the
-inputs of the next block are its original outputs. A model whose blocks do not form a plain chain is observed as a
-whole. Kept meanwhile, on the device of the model: the hidden states of all batches between two blocks.
+inputs of the first block. Then every block is gone through (`block_pass`): only its own statistics are alive. A model
+whose blocks do not form a plain chain is observed as a whole. Kept meanwhile, in main memory or on disk: the hidden
+states of all batches between two blocks, once for each stream of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of
+from aaac_ao.block_pass import BlockPass, Options, fold_awq, gather, means, quantise_stages
+from aaac_ao.blocks import CallRecord, Stop, find_blocks, hooks
 from aaac_ao.config import AAACConfig
 from aaac_ao.evaluate import evaluation_mode
-from aaac_ao.observer import ObserverTensor
-from aaac_ao.transform import apply_step, is_left_alone, problem_with, raise_problems
+from aaac_ao.first_pass import LayerRecord
+from aaac_ao.hidden import StateCache
+from aaac_ao.moments import InputSums
+from aaac_ao.resume import RunFolder, fingerprint
+from aaac_ao.statistics import StatisticsFile, write_statistics
+from aaac_ao.transform import is_left_alone, problem_with, raise_problems
 
 logger = logging.getLogger(__name__)
 
 Batch = torch.Tensor | Mapping[str, Any]
 FilterFn = Callable[[nn.Module, str], bool]
+PROPAGATIONS = ("quantized", "original")
 
 
 def calibrate_(
     model: nn.Module,
     config: AAACConfig,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     filter_fn: FilterFn | None = None,
     progress: bool = True,
+    *,
+    propagate: str | None = None,
+    awq: bool = False,
+    share_codebooks: bool = False,
+    statistics: str | Path | None = None,
+    resume_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    strict: bool = False,
 ) -> nn.Module:
-    """Quantise the linear layers of `model` in place, weighted by what they see in `batches`.
+    """Quantise the linear layers of `model` in place, for what they see in `batches`.
 
     Transformers models are worked on block by block; a model without a list of decoder blocks is observed as a whole.
-    When a run is stopped, the blocks that are done stay quantised and a second call goes on with the others.
+    When a run is stopped, the blocks that are done stay quantised and the others stay as they were.
 
     Args:
         model: the model; its training mode is kept.
-        config: the settings; `step` is ignored.
+        config: the settings; `step` is ignored. With data, rounding="auto" means "gptq".
         batches: token ids [batch, tokens], or dicts of keyword arguments of the model.
         filter_fn: (module, qualified name) -> whether to quantise; default: every nn.Linear except the output head.
         progress: show a progress bar.
+        propagate: "original": every layer is encoded for its inputs in the original model, in one pass; "quantized":
+            for what the quantised layers before it give, and corrected towards the original outputs, which takes
+            about four times the passes and a second set of hidden states, and loses less. Default: "quantized" with
+            second-order rounding, "original" with nearest.
+        awq: scale input channels first, folded into the layers before them (AWQ, arXiv 2306.00978).
+        share_codebooks: one pair of codebooks, and one per-tensor scale, for all layers that read the same input
+            (q/k/v, gate/up), so that serving stacks can fuse them.
+        statistics: a file of `collect_statistics` or `merge_statistics` to use instead of batches.
+        resume_dir: keep finished blocks in this directory, and take those that are there from it: the same call on the
+            same original model goes on where an earlier one was stopped, with the same bits as without the stop.
+        cache_dir: keep hidden states in files under this directory instead of in main memory.
+        strict: raise an error, and not just a warning, if a selected layer is never reached by the data.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: a batch that is neither a tensor nor a mapping.
-        ValueError: no batches; no layer selected; weights or activations that are NaN or infinite; a selected layer
-            that no batch reaches. Nothing was changed then.
+        ValueError: not exactly one of batches and statistics; no layer selected; weights or activations that are NaN
+            or infinite; with `strict`, a layer that no batch reaches; a `resume_dir` of another run. Nothing was
+            changed then.
+        OSError: `resume_dir` or `cache_dir` cannot be written to.
     """
-    batches = _checked_batches(batches)
-    layers = selected_layers(model, filter_fn)
+    if (batches is None) == (statistics is None):
+        raise ValueError("give either batches or a statistics file")
+    if propagate not in (None, *PROPAGATIONS):
+        raise ValueError(f"propagate must be 'quantized' or 'original', got {propagate!r}")
+    if propagate is None:
+        propagate = "original" if config.rounding == "nearest" else "quantized"
+    options = Options(config, propagate, awq, share_codebooks)
+    layers = _layers_to_quantise(model, config, filter_fn)
     if not layers:
-        raise ValueError("no nn.Linear is selected: check filter_fn")
-    prepare = dataclasses.replace(config, step="prepare")
-    _refuse_problems(layers, prepare)
-    layers = {name: module for name, module in layers.items() if not is_left_alone(module.weight, prepare)}
-    if not layers:
-        logger.warning("every selected layer is quantised already or smaller than group_size %d", config.group_size)
         return model
-    with evaluation_mode(model), _without_caches(model), torch.no_grad():
-        record = _first_pass(model, batches, layers)
-        blocks = [] if record.broken else record.blocks
-        if record.blocks and record.broken:
-            logger.info("observing the model as a whole, because %s", record.broken)
-        inside = {id(module) for block in blocks for module in block.modules()}
-        outside = {name: module for name, module in layers.items() if id(module) not in inside}
-        _quantise_together(model, outside, config, batches)
-        _quantise_blocks(record, blocks, layers, config, progress)
+    with _bar(len(layers), progress) as bar:
+        report = _reporter(bar)
+        if statistics is not None:
+            if resume_dir is not None:
+                raise ValueError("resume_dir is of no use with a statistics file: nothing there takes long")
+            _quantise_from_file(model, layers, StatisticsFile(statistics), options, report, strict)
+            return model
+        batches = _checked_batches(batches)
+        settings = {**dataclasses.asdict(config), "step": None, "propagate": propagate, "awq": awq}
+        settings["share_codebooks"] = share_codebooks
+        folder = None if resume_dir is None else RunFolder(resume_dir, fingerprint(layers, batches, settings))
+        with _prepared(model, batches, layers, cache_dir, strict) as (record, observed, blocks):
+            layers = {name: module for name, module in layers.items() if observed.tokens[name]}
+            outside = _outside(layers, blocks)
+            _quantise_together(model, outside, observed, options, batches, report)
+            block_pass = BlockPass(record, observed, layers, options, report, folder)
+            for index, block in enumerate(blocks):
+                block_pass.run(index, block)
     return model
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    path: str | Path,
+    filter_fn: FilterFn | None = None,
+    progress: bool = True,
+    *,
+    full: bool = True,
+    cache_dir: str | Path | None = None,
+) -> None:
+    """Write the second moments of the inputs of all selected layers to a file, and leave the model as it is.
+
+    Files made from different data add up with `merge_statistics`, and `calibrate_(..., statistics=file)` quantises with
+    them. Works block by block: no more than one block's statistics are in memory.
+
+    Args:
+        model: the original model.
+        batches: see `calibrate_`.
+        path: the file to write, in safetensors format.
+        filter_fn: see `calibrate_`.
+        progress: show a progress bar.
+        full: whole matrices of second moments, for second-order rounding, not just their diagonals.
+        cache_dir: see `calibrate_`.
+
+    Raises:
+        TypeError, ValueError: as in `calibrate_`.
+        OSError: the file cannot be written.
+    """
+    layers = _layers_to_quantise(model, AAACConfig(format="nvfp4"), filter_fn)
+    batches = _checked_batches(batches)
+    with _prepared(model, batches, layers, cache_dir, strict=False) as (record, observed, blocks):
+        layers = {name: module for name, module in layers.items() if observed.tokens[name]}
+        outside = _outside(layers, blocks)
+        config = AAACConfig(rounding="auto" if full else "nearest")
+        block_pass = BlockPass(record, observed, layers, Options(config, "original"), lambda name, error: None)
+        names = {module: name for name, module in layers.items()}
+        within = [{names[m] for m in block.modules() if m in names} for block in blocks]
+        stages = [stage for part in (set(outside), *within) for stage in observed.stages_of(part)]
+
+        def entries() -> Iterator[InputSums]:
+            run = lambda: [_run(model, batch) for batch in batches]  # noqa: E731
+            if outside:
+                yield from (sums for _, sums in gather(outside, observed.stages_of(set(outside)), full, run))
+            for index, block in enumerate(tqdm(blocks, desc="collecting statistics", disable=not progress)):
+                yield from (sums for _, sums in block_pass.gather(index, block, full))
+
+        sizes = [(stage, layers[stage[0]].in_features) for stage in stages]
+        write_statistics(path, sizes, full, entries())
 
 
 # what to quantise
@@ -107,15 +196,43 @@ def selected_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
 
 
-def _refuse_problems(layers: dict[str, nn.Module], config: AAACConfig) -> None:
-    raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, config)) is not None})
+def _layers_to_quantise(model: nn.Module, config: AAACConfig, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
+    """The selected layers that are not quantised already, all of them checked."""
+    layers = selected_layers(model, filter_fn)
+    if not layers:
+        raise ValueError("no nn.Linear is selected: check filter_fn")
+    prepare = dataclasses.replace(config, step="prepare")
+    raise_problems({name: p for name, m in layers.items() if (p := problem_with(m.weight, prepare)) is not None})
+    layers = {name: module for name, module in layers.items() if not is_left_alone(module.weight, prepare)}
+    if not layers:
+        logger.warning("every selected layer is quantised already or smaller than group_size %d", config.group_size)
+    return layers
+
+
+def _outside(layers: dict[str, nn.Module], blocks: list[nn.Module]) -> dict[str, nn.Module]:
+    inside = {module for block in blocks for module in block.modules()}
+    return {name: module for name, module in layers.items() if module not in inside}
+
+
+# progress
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[tqdm]:
+    with tqdm(total=total, desc="quantising layers", disable=not progress, unit="layer") as bar:
+        yield bar
+
+
+def _reporter(bar: tqdm) -> Callable[[str, float, int], None]:
+    def report(name: str, error: float, count: int = 1) -> None:
+        logger.info("%s: relative output error %.4f", name, error)
+        bar.set_postfix_str(f"{name}, error {100 * error:.2f} %")
+        bar.update(count)
+
+    return report
 
 
 # running the model
-
-
-class _Stop(Exception):  # noqa: N818  (a signal, not an error)
-    """Leaves a forward pass after the last block: the output head is not needed."""
 
 
 def _run(model: nn.Module, batch: Batch) -> None:
@@ -126,7 +243,7 @@ def _run(model: nn.Module, batch: Batch) -> None:
         else:
             moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             model(**moved | ({"use_cache": False} if "use_cache" in moved else {}))
-    except _Stop:
+    except Stop:
         pass
 
 
@@ -145,96 +262,116 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(handles: list) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _prepared(
+    model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module], cache_dir: str | Path | None, strict: bool
+) -> Iterator[tuple[CallRecord, LayerRecord, list[nn.Module]]]:
+    """The records of a first pass and the blocks to go through one by one, in a state to run the model again."""
+    with ExitStack() as stack:
+        for context in (evaluation_mode(model), _without_caches(model), torch.no_grad()):
+            stack.enter_context(context)
+        directory = None
+        if cache_dir is not None:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aaac-hidden-", dir=cache_dir)))
+        record, observed = _first_pass(model, batches, layers, StateCache(directory))
+        _report_coverage(observed, layers, strict)
+        if record.blocks and record.broken:
+            logger.info("observing the model as a whole, because %s", record.broken)
+        yield record, observed, [] if record.broken else record.blocks
 
 
-def _first_pass(model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module]) -> CallRecord:
-    """Run all batches through the original model and record the calls of its blocks.
+def _first_pass(
+    model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module], hidden: StateCache
+) -> tuple[CallRecord, LayerRecord]:
+    """Run all batches through the original model; record the calls of its blocks and what its layers see.
 
     Raises:
-        ValueError: a layer that no batch reaches, or whose inputs are not finite.
+        ValueError: a layer whose inputs are not finite.
     """
-    record = CallRecord(find_blocks(model))
-    inside = {id(module) for block in record.blocks for module in block.modules()}
-    blocks_only = all(id(module) in inside for module in layers.values())
-    sound: dict[int, torch.Tensor] = {}
-
-    def check(module, args, kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
-        finite = torch.isfinite(torch.linalg.vector_norm(x, dtype=torch.float32).square())
-        sound[id(module)] = finite & sound.get(id(module), finite)
+    record, observed = CallRecord(find_blocks(model), hidden), LayerRecord(layers)
+    blocks_only = not _outside(layers, record.blocks)
 
     def stop(module, args, output):
         if blocks_only and record.broken is None and len(record.calls) > 1:
-            raise _Stop  # the first batch shows whether anything follows the blocks
+            raise Stop  # the first batch shows whether anything follows the blocks
 
-    handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in layers.values()]
+    handles = observed.handles()
     for block in record.blocks:
         handles += [
             block.register_forward_pre_hook(record.before, with_kwargs=True),
             block.register_forward_hook(record.after),
         ]
     handles += [block.register_forward_hook(stop) for block in record.blocks[-1:]]
-    with _hooks(handles):
+    with hooks(handles):
         for batch in batches:
             record.start_batch()
+            observed.start_batch()
             _run(model, batch)
             record.end_batch()
-    unreached = "no calibration batch reaches it; leave it out with filter_fn"
-    problems = {name: unreached for name, module in layers.items() if id(module) not in sound}
-    for name, module in layers.items():
-        if name not in problems and not bool(sound[id(module)]):
-            problems[name] = "the calibration batches give it NaN or infinite inputs"
-    raise_problems(problems)
-    return record
+    raise_problems(observed.problems())
+    return record, observed
 
 
-# quantising
+def _report_coverage(observed: LayerRecord, layers: dict[str, nn.Module], strict: bool) -> None:
+    """Warn of layers that saw nothing, or fewer tokens than they have inputs."""
+    unreached = observed.unreached()
+    if unreached and (strict or len(unreached) == len(layers)):
+        raise_problems(dict.fromkeys(unreached, "no calibration batch reaches it; leave it out with filter_fn"))
+    if unreached:
+        logger.warning("no calibration batch reaches %s: left in high precision", ", ".join(unreached))
+    few = {name: n for name, n in observed.tokens.items() if 0 < n < layers[name].in_features}
+    if few:
+        name, tokens = min(few.items(), key=lambda item: item[1] / layers[item[0]].in_features)
+        logger.warning(
+            "%d layer(s) see fewer calibration tokens than they have inputs, %s the fewest: %d tokens for %d inputs; "
+            "give more batches",
+            *(len(few), name, tokens, layers[name].in_features),
+        )
+
+
+# quantising without going block by block
 
 
 def _quantise_together(
-    model: nn.Module, layers: dict[str, nn.Module], config: AAACConfig, batches: list[Batch]
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    observed: LayerRecord,
+    options: Options,
+    batches: list[Batch],
+    report: Callable,
 ) -> None:
-    """Observe and quantise layers outside the blocks with full passes."""
+    """Quantise layers outside the blocks for their inputs in the original model, with full passes."""
     if not layers:
         return
-    with _observing(layers, config):
-        for batch in batches:
-            _run(model, batch)
+    stages = observed.stages_of(set(layers))
+    statistics = means(gather(layers, stages, options.full, lambda: [_run(model, batch) for batch in batches]))
+    quantise_stages(layers, stages, statistics, options, report)
 
 
-def _quantise_blocks(
-    record: CallRecord, blocks: list[nn.Module], layers: dict[str, nn.Module], config: AAACConfig, progress: bool
+def _quantise_from_file(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    file: StatisticsFile,
+    options: Options,
+    report: Callable,
+    strict: bool,
 ) -> None:
-    names = {id(module): name for name, module in layers.items()}
-    for index, block in enumerate(tqdm(blocks, desc="quantising blocks", disable=not progress)):
-        own = {names[id(module)]: module for module in block.modules() if id(module) in names}
-        with _observing(own, config):
-            for batch, states in enumerate(record.hidden):
-                args, kwargs = record.calls[batch][index]
-                record.hidden[batch] = hidden_states_of(block(states, *args, **kwargs))
-                record.calls[batch][index] = ((), {})
-
-
-@contextmanager
-def _observing(layers: dict[str, nn.Module], config: AAACConfig) -> Iterator[None]:
-    """Observe the inputs of layers while the context runs, then quantise them; restore them if it fails."""
-    prepare, convert = (dataclasses.replace(config, step=step) for step in ("prepare", "convert"))
-    originals = {name: module.weight for name, module in layers.items()}
-    try:
-        for module in layers.values():
-            apply_step(module, prepare)
-        yield
-        _refuse_problems(layers, convert)
-        for module in layers.values():
-            apply_step(module, convert)
-    except BaseException:
-        for name, module in layers.items():
-            if isinstance(module.weight, ObserverTensor):
-                module.weight = originals[name]
-        raise
+    if options.config.rounding == "gptq" and not file.full:
+        raise ValueError(f"{file.path} holds diagonals only, and rounding='gptq' needs full=True in collect_statistics")
+    missing = [name for name in layers if name not in file.layers]
+    if missing and (strict or len(missing) == len(layers)):
+        raise_problems(dict.fromkeys(missing, f"{file.path} has no statistics of it"))
+    if missing:
+        logger.warning("%s has no statistics of %s: left in high precision", file.path, ", ".join(missing))
+    file.check_shapes({name: module.in_features for name, module in layers.items()})
+    blocks = find_blocks(model)
+    parts = [(block, [n for n, m in layers.items() if m in set(block.modules())]) for block in blocks]
+    parts.append((None, list(_outside(layers, blocks))))
+    names_of = {module: name for name, module in layers.items()}
+    with torch.no_grad():
+        for block, names in parts:
+            if names:
+                statistics = file.statistics(names, layers[names[0]].weight.device)
+                if options.awq and block is not None:
+                    fold_awq([block], statistics, names_of, options.config)
+                quantise_stages(layers, file.stages(names), statistics, options, report)

@@ -35,7 +35,7 @@ def _friendly(command: Callable) -> Callable:
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, TypeError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
+        except (ValueError, TypeError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
@@ -46,6 +46,7 @@ def _quiet_libraries() -> None:
     """Our own warnings go to stderr; start-up chatter of the libraries below is left out."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
 
@@ -80,12 +81,20 @@ def quantize(
     format: Annotated[str, typer.Option(help="int4 (bf16 scales) or nvfp4 (E4M3 scales, groups of 16).")] = "int4",
     group_size: Annotated[int | None, typer.Option(help="int4: 128 (default), 64, 32; nvfp4: 16.")] = None,
     codebooks: Annotated[str, typer.Option(help="learned, int4, fp4, nf4, bof4, bof4-s or if4.")] = "learned",
-    rounding: Annotated[str, typer.Option(help="nearest, or gptq: second-order, needs --calibration.")] = "nearest",
+    rounding: Annotated[str, typer.Option(help="auto: gptq with --calibration, nearest without.")] = "auto",
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file to calibrate on; repeat for more. Without one: no data.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows to use at most.", min=1)] = 128,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.", min=2)] = 512,
+    propagate: Annotated[
+        str | None, typer.Option(help="quantized: correct layers for those before them (default with gptq); original.")
+    ] = None,
+    awq: Annotated[bool, typer.Option(help="Also scale input channels (AWQ); needs --calibration.")] = False,
+    share_codebooks: Annotated[bool, typer.Option(help="One pair of books for q/k/v, and for gate/up.")] = False,
+    resume_dir: Annotated[
+        Path | None, typer.Option(help="Keep finished blocks here; the same command goes on after an interruption.")
+    ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Quantise a causal language model and write it as a transformers checkpoint."""
@@ -101,6 +110,10 @@ def quantize(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
     texts = [path.read_text(encoding="utf-8") for path in calibration or []]
+    options = {"propagate": propagate, "awq": awq, "share_codebooks": share_codebooks, "resume_dir": resume_dir}
+    if not texts and any(options.values()):
+        given = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
+        raise ValueError(f"{given} needs data: give --calibration FILE")
     _check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = load_model(model).to(device)
@@ -110,7 +123,7 @@ def quantize(
     if texts:
         ids = _token_ids(tokenizer, "\n\n".join(texts))
         batches = windows_of(ids, min(window, len(ids)), windows).split(8)
-        calibrate_(loaded, config, batches)
+        calibrate_(loaded, config, batches, **options)
     else:
         quantize_(loaded, config, lambda module, name: name in layers)
     save_quantized(loaded, config, out, tokenizer)
@@ -156,28 +169,65 @@ def _size_line(model: torch.nn.Module) -> str:
 @_friendly
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="Text file to evaluate on.")],
+    text: Annotated[Path | None, typer.Option(help="Text file to evaluate on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="wikitext2: the test split that papers use.")] = None,
     reference: Annotated[str | None, typer.Option(help="Original model, for the KL divergence to it.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window, not overlapping.", min=2)] = 2048,
     windows: Annotated[int | None, typer.Option(help="Use at most this many windows.", min=1)] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: arc_easy,piqa.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task at most.", min=1)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of tasks per forward pass.", min=1)] = 8,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Perplexity of a model on a text, and its KL divergence to the original."""
+    """Perplexity of a model on a text, its KL divergence to the original, and tasks of lm-eval."""
     from transformers import AutoTokenizer
 
     from aaac_ao.evaluate import evaluate as run
     from aaac_ao.evaluate import windows_of
+    from aaac_ao.integrations.lm_eval import lm_eval_tasks
     from aaac_ao.integrations.transformers import load_model
 
+    content = _evaluation_text(text, dataset)
+    if content is None and tasks is None:
+        raise ValueError("nothing to evaluate: give --text FILE, --dataset wikitext2 or --tasks NAMES")
+    if content is None and reference is not None:
+        raise ValueError("--reference needs a text to compare on: give --text FILE or --dataset wikitext2")
     _check_device(device)
-    content = text.read_text(encoding="utf-8")
     loaded = load_model(model).to(device)
-    original = None if reference is None else load_model(reference).to(device)
-    ids = _token_ids(AutoTokenizer.from_pretrained(model), content)
-    window = min(window, loaded.config.max_position_embeddings)
-    result = run(loaded, windows_of(ids, window, windows), original, batch_size=1, progress=True)
-    divergence = "" if result.kl is None else f", KL to reference {result.kl:.5f} nats/token"
-    typer.echo(f"perplexity {result.perplexity:.4f}{divergence} on {result.tokens} tokens in windows of {window}")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if content is not None:
+        original = None if reference is None else load_model(reference).to(device)
+        window = min(window, loaded.config.max_position_embeddings)
+        cut = windows_of(_token_ids(tokenizer, content), window, windows)
+        result = run(loaded, cut, original, batch_size=1, progress=True)
+        divergence = "" if result.kl is None else f", KL to reference {result.kl:.5f} nats/token"
+        typer.echo(f"perplexity {result.perplexity:.4f}{divergence} on {result.tokens} tokens in windows of {window}")
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        for task, metrics in lm_eval_tasks(loaded, tokenizer, names, limit, batch_size, include_path).items():
+            typer.echo(f"{task}: {_metrics_line(metrics)}")
+
+
+def _metrics_line(metrics: dict[str, float]) -> str:
+    """lm-eval's metrics of a task, each with its standard error where there is one."""
+    errors = {key: f" ± {value:.4f}" for key, value in metrics.items() if "_stderr" in key}
+    values = {key: value for key, value in metrics.items() if key not in errors}
+    shown = {key: f"{value:.4f}{errors.get(key.replace(',', '_stderr,'), '')}" for key, value in values.items()}
+    return ", ".join(f"{key.removesuffix(',none')} {value}" for key, value in shown.items())
+
+
+def _evaluation_text(text: Path | None, dataset: str | None) -> str | None:
+    """The text to evaluate on, from a file or a known data set."""
+    from aaac_ao.evaluate import wikitext2_test
+
+    if text is not None and dataset is not None:
+        raise ValueError("--text and --dataset are two texts: give one of them")
+    if dataset not in (None, "wikitext2"):
+        raise ValueError(f"--dataset must be wikitext2, got {dataset!r}; for other data give --text FILE")
+    if dataset is not None:
+        return wikitext2_test()
+    return None if text is None else text.read_text(encoding="utf-8")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS
 from aaac_ao.formats import FORMATS, ScaleFormat
 
 STEPS = (None, "prepare", "convert", "prepare_for_loading")
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("auto", "nearest", "gptq")
 
 
 @dataclass
@@ -24,8 +24,9 @@ class AAACConfig(AOBaseConfig):
         group_size: weights per scale; int4: 128 (default), 64 or 32; nvfp4: 16.
         codebooks: "learned" (two books per layer, activation-weighted k-means), or a fixed grid: "int4", "fp4",
             "nf4", "bof4", "bof4-s", "if4".
-        rounding: "nearest", or "gptq": second-order rounding with the full matrix of the inputs' second moments
-            (in_features^2 fp32 numbers per observed layer), which needs data.
+        rounding: "gptq": second-order rounding with the full matrix of the inputs' second moments (in_features^2 fp32
+            numbers per observed layer), which needs data; "nearest": their diagonal alone; "auto": "gptq" with data,
+            "nearest" without.
         scale_search: search every group's scale together with its book. With fixed codebooks and no search the result
             is exactly round-to-nearest on that grid.
         iterations: k-means iterations of the learned books.
@@ -41,7 +42,7 @@ class AAACConfig(AOBaseConfig):
     format: str = "int4"
     group_size: int | None = None
     codebooks: str = "learned"
-    rounding: str = "nearest"
+    rounding: str = "auto"
     scale_search: bool = True
     iterations: int = 20
     step: str | None = None

@@ -50,6 +50,29 @@ def windows_of(ids: torch.Tensor | Sequence[int], length: int, limit: int | None
     return windows
 
 
+def wikitext2_test() -> str:
+    """The test split of WikiText-2 (raw) as one text, joined as GPTQ's evaluation does (arXiv 2210.17323).
+
+    Perplexities on non-overlapping windows of 2048 tokens of this text are what papers compare.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        OSError: the data is not in the cache and cannot be fetched.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("wikitext2 needs datasets; install it with: pip install 'aaac-ao[eval]'") from error
+    try:
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+    except Exception as error:  # the library raises its own, urllib's, aiohttp's and huggingface_hub's errors
+        raise OSError(
+            f"wikitext2 cannot be loaded ({type(error).__name__}: {error}); without a network, load it once on a "
+            "machine that has one and copy the cache ($HF_HOME), or evaluate on a text file"
+        ) from error
+    return "\n\n".join(rows["text"])
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

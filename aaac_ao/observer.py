@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 from torchao.utils import TorchAOBaseTensor
 
-from aaac_ao.encode import Statistics
+from aaac_ao.moments import InputSums
 from aaac_ao.ops import linear_arguments
 
 aten = torch.ops.aten
@@ -57,34 +57,13 @@ class ObserverTensor(TorchAOBaseTensor):
             weight: the weight; it is kept, not copied.
             full: also accumulate the full matrix of second moments (K^2 fp32 numbers).
         """
-        k, device = weight.shape[-1], weight.device
-        hessian = torch.zeros(k, k, device=device) if full else None
-        tokens = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(weight.detach(), torch.zeros(k, device=device), tokens, False, hessian)
+        sums = InputSums.zeros(weight.shape[-1], weight.device, full)
+        return cls(weight.detach(), sums.squares, sums.tokens, False, sums.hessian)
 
-    @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
-        """Add the input vectors x [..., K] to the sums."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        self.squares += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
-        self.tokens += len(x)
-        if self.hessian is not None:
-            x = x.float()
-            self.hessian.addmm_(x.t(), x)
-
-    def statistics(self) -> Statistics:
-        """What was observed, as means.
-
-        Raises:
-            ValueError: no input was seen.
-        """
-        tokens = int(self.tokens)
-        if tokens == 0:
-            raise ValueError(
-                "0 batches seen: run calibration batches through the model between 'prepare' and 'convert'"
-            )
-        hessian = None if self.hessian is None else self.hessian / tokens
-        return Statistics(self.squares / tokens, tokens, hessian)
+    @property
+    def sums(self) -> InputSums:
+        """What was observed so far."""
+        return InputSums(self.squares, self.tokens, self.hessian)
 
     def __repr__(self) -> str:
         return f"ObserverTensor(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
@@ -110,7 +89,7 @@ implements = ObserverTensor.implements
 def _(func, types, args, kwargs):
     x, weight, bias = linear_arguments(*args, **kwargs)
     if not weight.transposed:
-        weight.observe(x)
+        weight.sums.add(x)
     return linear(x, weight.hp_data, bias)
 
 
@@ -118,7 +97,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     *before, x, weight = args
     if isinstance(weight, ObserverTensor) and weight.transposed and not isinstance(x, ObserverTensor):
-        weight.observe(x)
+        weight.sums.add(x)
     plain = [operand.hp_data if isinstance(operand, ObserverTensor) else operand for operand in (x, weight)]
     return func(*before, *plain, **kwargs)
 

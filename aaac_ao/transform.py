@@ -50,7 +50,11 @@ def transform(module: nn.Module, config: AAACConfig, *, parameter_name: str = "w
 
 def apply_step(module: nn.Module, config: AAACConfig, parameter_name: str = "weight") -> None:
     """Replace `module.<parameter_name>` by what follows it in `config.step`; for weights that were checked before."""
-    weight = _next_weight(getattr(module, parameter_name), config)
+    set_weight(module, _next_weight(getattr(module, parameter_name), config), parameter_name)
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor, parameter_name: str = "weight") -> None:
+    """Make `weight` the parameter of a module, and let a quantised linear layer show it."""
     setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
     if isinstance(module, nn.Linear) and isinstance(weight, AAACTensor):
         module.extra_repr = types.MethodType(_linear_repr, module)
@@ -60,12 +64,12 @@ def _next_weight(weight: torch.Tensor, config: AAACConfig) -> torch.Tensor:
     if config.step == "prepare":
         if isinstance(weight, ObserverTensor):
             return weight
-        return ObserverTensor.from_hp(weight, full=config.rounding == "gptq")
+        return ObserverTensor.from_hp(weight, full=config.rounding != "nearest")
     if config.step == "prepare_for_loading":
         hp_weight = weight.hp_data if isinstance(weight, ObserverTensor) else weight
         return AAACTensor.empty(tuple(hp_weight.shape), config, hp_weight.dtype, hp_weight.device)
     if config.step == "convert":
-        return AAACTensor.from_hp(weight.hp_data, config, weight.statistics())
+        return AAACTensor.from_hp(weight.hp_data, config, weight.sums.statistics())
     return AAACTensor.from_hp(weight.detach(), config)
 
 
@@ -115,7 +119,7 @@ def problem_with(weight: torch.Tensor, config: AAACConfig) -> str | None:
 
 
 def _check_statistics(weight: ObserverTensor) -> None:
-    if not bool(torch.isfinite(weight.statistics().second_moment).all()):
+    if not bool(torch.isfinite(weight.sums.statistics().second_moment).all()):
         raise ValueError("the calibration batches gave NaN or infinite inputs")
 
 

@@ -1,6 +1,8 @@
 """`calibrate_`: the same result as observing the whole model, block by block, all or nothing."""
 
 import copy
+import functools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from aaac_ao import AAACConfig, AAACTensor, calibrate_
+from aaac_ao import AAACConfig, AAACTensor, block_pass, calibrate_
 from aaac_ao.blocks import find_blocks
+from aaac_ao.moments import InputSums
 from aaac_ao.observer import ObserverTensor
 
 CONFIG = AAACConfig(group_size=64)
+original_ = functools.partial(calibrate_, propagate="original", progress=False)
 
 
 def ids(batches: int = 3) -> list[torch.Tensor]:
@@ -42,7 +46,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 def test_equals_observing_the_whole_model(tiny_llama):
     model, batches = tiny_llama(), ids()
     expected = observed_at_once(model, batches)
-    assert calibrate_(model, CONFIG, batches, progress=False) is model
+    assert original_(model, CONFIG, batches) is model
     assert same_weights(model, expected)
     assert len(quantised(model)) == 14
     assert "lm_head" not in quantised(model)
@@ -52,7 +56,7 @@ def test_equals_observing_the_whole_model(tiny_llama):
 def test_the_step_of_the_config_is_ignored(tiny_llama, step):
     model, batches = tiny_llama(), ids()
     expected = observed_at_once(model, batches)
-    calibrate_(model, AAACConfig(group_size=64, step=step), batches, progress=False)
+    original_(model, AAACConfig(group_size=64, step=step), batches)
     assert same_weights(model, expected)
 
 
@@ -60,28 +64,32 @@ def test_dicts_with_padding_masks(tiny_llama):
     model = tiny_llama()
     batches = [{"input_ids": b, "attention_mask": (torch.arange(b.shape[1]) < 7).expand(b.shape).long()} for b in ids()]
     expected = observed_at_once(model, batches)
-    calibrate_(model, CONFIG, batches, progress=False)
+    original_(model, CONFIG, batches)
     assert same_weights(model, expected)
 
 
-def test_only_one_block_is_observed_at_a_time(tiny_llama, monkeypatch):
-    model = tiny_llama(layers=3)
-    alive = []
-    original = ObserverTensor.observe
+@pytest.mark.parametrize("propagate", ["original", "quantized"])
+def test_no_more_than_one_block_is_observed_at_a_time(tiny_llama, monkeypatch, propagate):
+    model, alive, most = tiny_llama(layers=3), [], []
+    original = InputSums.add
 
-    def observe(self, x):
-        alive.append(sum(isinstance(m.weight, ObserverTensor) for m in model.modules() if isinstance(m, nn.Linear)))
+    def add(self, x):
+        alive[:] = [ref for ref in alive if ref() is not None]
+        if not any(ref() is self.hessian for ref in alive):
+            alive.append(weakref.ref(self.hessian))
+        most.append(len(alive))
         original(self, x)
 
-    monkeypatch.setattr(ObserverTensor, "observe", observe)
-    calibrate_(model, CONFIG, ids(), progress=False)
-    assert max(alive) == 7
+    monkeypatch.setattr(InputSums, "add", add)
+    calibrate_(model, CONFIG, ids(), progress=False, propagate=propagate)
+    assert max(most) == (4 if propagate == "original" else 1)
 
 
 def test_layers_outside_the_blocks_are_included_when_asked_for(tiny_llama):
     model, batches = tiny_llama(), ids()
     reference = copy.deepcopy(model)
-    calibrate_(model, CONFIG, batches, lambda module, name: True, progress=False)
+    config = AAACConfig(group_size=64, rounding="nearest")
+    original_(model, config, batches, lambda module, name: True)
     assert "lm_head" in quantised(model)
     seen = []
     reference.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
@@ -91,7 +99,7 @@ def test_layers_outside_the_blocks_are_included_when_asked_for(tiny_llama):
     from aaac_ao.encode import Statistics
 
     moment = torch.cat(seen).square().mean(0)
-    expected = AAACTensor.from_hp(reference.lm_head.weight, CONFIG, Statistics(moment, 1))
+    expected = AAACTensor.from_hp(reference.lm_head.weight, config, Statistics(moment, 1))
     close = (model.lm_head.weight.dequantize() - expected.dequantize()).norm() / expected.dequantize().norm()
     assert close < 1e-3
 
@@ -129,7 +137,7 @@ def test_every_block_gets_its_own_arguments():
     model, batches = Alternating(), ids()
     assert find_blocks(model) == list(model.blocks)
     expected = observed_at_once(model, batches)
-    calibrate_(model, CONFIG, batches, progress=False)
+    original_(model, CONFIG, batches)
     assert same_weights(model, expected)
 
 
@@ -204,7 +212,7 @@ def test_blocks_that_are_no_chain_are_observed_as_a_whole(kind, caplog):
     model, batches = kind(), ids()
     expected = observed_at_once(model, batches)
     with caplog.at_level("INFO", logger="aaac_ao"):
-        calibrate_(model, CONFIG, batches, progress=False)
+        original_(model, CONFIG, batches)
     assert same_weights(model, expected)
     assert "observing the model as a whole, because" in caplog.text
 
@@ -213,7 +221,7 @@ def test_batches_that_ask_for_a_cache(tiny_llama):
     model = tiny_llama()
     batches = [{"input_ids": b, "use_cache": True, "attention_mask": torch.ones_like(b)} for b in ids()]
     expected = observed_at_once(model, ids_of(batches))
-    calibrate_(model, CONFIG, batches, progress=False)
+    original_(model, CONFIG, batches)
     assert same_weights(model, expected)
 
 
@@ -258,12 +266,23 @@ def test_bad_batches(tiny_llama, batches, error, match):
     assert not quantised(model)
 
 
-def test_unreached_layers_are_named(tiny_llama):
+def test_unreached_layers_are_left_alone_or_refused(tiny_llama, caplog):
     model = tiny_llama()
     model.model.layers[1].extra = nn.Linear(128, 128)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.extra: no calibration batch reaches it"):
-        calibrate_(model, CONFIG, ids(), progress=False)
+        calibrate_(model, CONFIG, ids(), progress=False, strict=True)
     assert not quantised(model)
+    calibrate_(model, CONFIG, ids(), progress=False)
+    assert "no calibration batch reaches model.layers.1.extra: left in high precision" in caplog.text
+    assert len(quantised(model)) == 14
+    with pytest.raises(ValueError, match="no calibration batch reaches it"):
+        calibrate_(model, CONFIG, ids(), progress=False)  # nothing else is left
+
+
+def test_few_tokens_are_a_warning_with_numbers(tiny_llama, caplog):
+    calibrate_(tiny_llama(), CONFIG, [torch.randint(0, 97, (2, 65))], progress=False)
+    assert "2 layer(s) see fewer calibration tokens than they have inputs" in caplog.text
+    assert "mlp.down_proj the fewest: 130 tokens for 172 inputs" in caplog.text
 
 
 def test_bad_weights_are_refused_before_any_work(tiny_llama):
@@ -280,7 +299,7 @@ def test_broken_activations_are_refused(tiny_llama):
     with torch.no_grad():
         model.model.norm.weight.fill_(1.0)
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: .*NaN or infinite inputs"):
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: calibration batch 0 gives it NaN"):
         calibrate_(model, CONFIG, ids(), progress=False)
     assert not quantised(model)
 
@@ -288,25 +307,22 @@ def test_broken_activations_are_refused(tiny_llama):
 def test_an_interrupted_run_leaves_a_running_model_and_goes_on(tiny_llama, monkeypatch):
     model, batches = tiny_llama(), ids()
     expected = observed_at_once(model, batches)
-    import aaac_ao.calibrate as calibrate
+    original, calls = block_pass.encode, []
 
-    original, calls = calibrate.apply_step, []
-
-    def failing(module, config):
-        calls.append(config.step)
-        if calls.count("convert") == 9:
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 9:
             raise KeyboardInterrupt
-        return original(module, config)
+        return original(*args)
 
-    monkeypatch.setattr(calibrate, "apply_step", failing)
+    monkeypatch.setattr(block_pass, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_(model, CONFIG, batches, progress=False)
+        original_(model, CONFIG, batches)
     assert not any(isinstance(getattr(m, "weight", None), ObserverTensor) for m in model.modules())
     model(batches[0])
-    done = len(quantised(model))
-    assert 7 <= done < 14
-    monkeypatch.setattr(calibrate, "apply_step", original)
-    calibrate_(model, CONFIG, batches, progress=False)
+    assert len(quantised(model)) == 7
+    monkeypatch.setattr(block_pass, "encode", original)
+    original_(model, CONFIG, batches)
     assert quantised(model).keys() == quantised(expected).keys()
 
 

@@ -85,6 +85,20 @@ def test_errors_are_one_line_with_exit_code_1(model_directory, text, tmp_path):
     assert "positions" in fail("generate", model_directory, "--prompt", "w1", "--new-tokens", 1000)
 
 
+def test_evaluate_needs_one_text_or_tasks(model_directory, text, monkeypatch):
+    assert "nothing to evaluate" in fail("evaluate", model_directory)
+    assert "give one of them" in fail("evaluate", model_directory, "--text", text, "--dataset", "wikitext2")
+    assert "--dataset must be wikitext2, got 'c4'" in fail("evaluate", model_directory, "--dataset", "c4")
+    assert "--reference needs a text" in fail("evaluate", model_directory, "--tasks", "x", "--reference", "y")
+    import aaac_ao.evaluate
+
+    monkeypatch.setattr(aaac_ao.evaluate, "wikitext2_test", lambda: text.read_text())
+    arguments = ("evaluate", model_directory, "--window", 32)
+    outputs = [succeed(*arguments, "--dataset", "wikitext2"), succeed(*arguments, "--text", text)]
+    first, second = (re.search(r"perplexity .* in windows of 32", output).group() for output in outputs)
+    assert first == second
+
+
 def test_help_is_complete():
     output = succeed("--help")
     for command in ("demo", "quantize", "evaluate", "generate"):

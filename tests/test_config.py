@@ -21,7 +21,7 @@ def test_defaults():
         "format": "int4",
         "group_size": 128,
         "codebooks": "learned",
-        "rounding": "nearest",
+        "rounding": "auto",
         "scale_search": True,
         "iterations": 20,
         "step": None,

@@ -37,7 +37,7 @@ def test_comparison(tiny_llama, monkeypatch):
     monkeypatch.setattr(compare, "CALIBRATION_WINDOWS", 4)
     result = compare.compare(tiny_llama(), Tokenizer(), windows=2, progress=False)
     names = [(row.format, row.method) for row in result.rows]
-    methods = ["RTN", "NF4", "BOF4-S", "IF4", "AAAC", "AAAC, gptq"]
+    methods = ["RTN", "NF4", "BOF4-S", "IF4", "AAAC, nearest", "AAAC"]
     assert names == [(None, "original (bf16)")] + [(f, m) for f in ("nvfp4", "int4") for m in methods]
     assert all(row.kl_recovered == 0 for row in result.rows if row.method == "RTN")
     best = {row.format: row for row in result.rows if row.method == "AAAC"}

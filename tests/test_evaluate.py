@@ -2,13 +2,22 @@
 
 import copy
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from aaac_ao import AAACConfig, AAACTensor
-from aaac_ao.evaluate import evaluate, gap_recovered, linear_bits_per_weight, unigram_perplexity, windows_of
+from aaac_ao.evaluate import (
+    evaluate,
+    gap_recovered,
+    linear_bits_per_weight,
+    unigram_perplexity,
+    wikitext2_test,
+    windows_of,
+)
 
 
 def test_perplexity_and_kl(tiny_llama, monkeypatch):
@@ -102,3 +111,27 @@ def test_masked_vocabulary_and_training_mode(tiny_llama):
     assert first.kl > 0
     assert model.training
     assert model.dropout.training
+
+
+def test_wikitext2_is_joined_as_gptq_does(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return {"text": ["", " = Title = \n", "", " First line . \n"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert wikitext2_test() == "\n\n = Title = \n\n\n\n\n First line . \n"
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+
+
+def test_wikitext2_that_cannot_be_had(monkeypatch):
+    def load_dataset(*arguments, **options):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(OSError, match=r"no route to host.*evaluate on a text file"):
+        wikitext2_test()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"aaac-ao\[eval\]"):
+        wikitext2_test()

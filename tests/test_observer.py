@@ -23,7 +23,7 @@ def test_second_moments_and_outputs(dtype):
     for x in batches:
         assert torch.equal(layer(x), linear(x))
     x = torch.cat([b.reshape(-1, 70) for b in batches]).double()
-    statistics = layer.weight.statistics()
+    statistics = layer.weight.sums.statistics()
     assert statistics.tokens == 25
     torch.testing.assert_close(statistics.second_moment.double(), x.square().mean(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(layer.weight.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-3)
@@ -60,7 +60,7 @@ def test_works_in_inference_mode_and_with_gradients():
 
 def test_no_tokens_is_an_error():
     with pytest.raises(ValueError, match="0 batches seen"):
-        observed(nn.Linear(64, 32)).weight.statistics()
+        observed(nn.Linear(64, 32)).weight.sums.statistics()
 
 
 class UsesTheWeight(nn.Linear):
@@ -73,8 +73,8 @@ def test_products_with_the_transposed_weight_are_observed():
     layer = observed(linear)
     x = torch.randn(2, 5, 64)
     assert torch.equal(layer(x), linear(x))
-    torch.testing.assert_close(layer.weight.statistics().second_moment, x.flatten(0, 1).square().mean(0))
-    assert layer.weight.statistics().tokens == 10
+    torch.testing.assert_close(layer.weight.sums.statistics().second_moment, x.flatten(0, 1).square().mean(0))
+    assert layer.weight.sums.statistics().tokens == 10
 
 
 def test_other_uses_of_the_weight_see_the_plain_weight():
@@ -91,7 +91,7 @@ def test_casting_an_observed_model(dtype):
     x = torch.randn(4, 64, dtype=dtype)
     assert layer(x).dtype == dtype
     assert layer.weight.squares.dtype == torch.float32
-    torch.testing.assert_close(layer.weight.statistics().second_moment, x.float().square().mean(0))
+    torch.testing.assert_close(layer.weight.sums.statistics().second_moment, x.float().square().mean(0))
 
 
 def test_attention_modules_run_while_observed():

@@ -41,8 +41,8 @@ SETTINGS: tuple[tuple[str, int, tuple[tuple[str, dict[str, Any]], ...]], ...] = 
             ("NF4", {"codebooks": "nf4", "scale_search": False}),
             ("BOF4-S", {"codebooks": "bof4-s", "scale_search": False}),
             ("IF4", {"codebooks": "if4", "scale_search": False}),
+            ("AAAC, nearest", {"rounding": "nearest"}),
             ("AAAC", {}),
-            ("AAAC, gptq", {"rounding": "gptq"}),
         ),
     )
     for name, group_size, grid in (("nvfp4", 16, "fp4"), ("int4", 64, "int4"))

@@ -5,18 +5,18 @@ Pure numerics on plain tensors, on any device; knows nothing of torchao. The ste
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, top_of
 from aaac_ao.config import AAACConfig
-from aaac_ao.encode.feedback import SecondOrderRounding
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
 from aaac_ao.encode.scales import reciprocal, search_scales
+from aaac_ao.encode.second_order import SecondOrder
 from aaac_ao.formats import ScaleFormat
 from aaac_ao.packing import ceil_div
 
@@ -24,8 +24,8 @@ from aaac_ao.packing import ceil_div
 SAMPLE_WEIGHTS = 1 << 20
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond the result.
 CHUNK_WEIGHTS = 1 << 18
-#: The same for second-order rounding, whose matrix products want more rows at a time.
-SECOND_ORDER_WEIGHTS = 1 << 23
+#: Second-order rounding that leaves more than this share of its start's error tries a second start.
+CLEAR_GAIN = 0.8
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
 REFINE_ROUNDS, REFINE_ITERATIONS = 3, 4
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
@@ -48,6 +48,11 @@ class Statistics:
     tokens: int
     hessian: torch.Tensor | None = None
 
+    @cached_property
+    def second_order(self) -> SecondOrder:
+        """What second-order rounding derives from the Hessian, computed once for all layers with these inputs."""
+        return SecondOrder(self.hessian.float())
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -60,7 +65,7 @@ class Encoding:
         codebooks: [2, 16] fp32, ascending, exactly representable in bf16.
         per_tensor_scale: fp32 0-D, already contained in `scale`; None for bf16 scales.
         error: the objective, fp64 0-D: the sum over all weights of importance * (w - q)^2, or with second-order
-            rounding sum_n (w_n - q_n)^T H (w_n - q_n).
+            rounding sum_n (w_n - q_n)^T H (w_n - q_n), with w the target for these inputs.
     """
 
     codes: torch.Tensor
@@ -71,7 +76,12 @@ class Encoding:
     error: torch.Tensor
 
 
-def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None = None) -> Encoding:
+def encode(
+    weight: torch.Tensor,
+    config: AAACConfig,
+    statistics: Statistics | None = None,
+    output_shift: torch.Tensor | None = None,
+) -> Encoding:
     """Quantise a weight [out_features, in_features] with two books.
 
     Minimises sum_nk h_k (w_nk - q_nk)^2 with h = E[x^2] (1 without statistics):
@@ -81,8 +91,17 @@ def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | No
     3. alternately, a joint search of scale and book per group and further k-means;
     4. books rounded to bf16, everything re-assigned exactly.
 
-    The fixed grids stand as candidates: the result is never worse than any of them on this objective. With
-    rounding="gptq" the codes are then chosen anew for the full H (see `feedback`), row by row where that is better.
+    The fixed grids stand as candidates: the result is never worse than any of them on this objective.
+
+    With rounding="gptq", and with "auto" where the statistics hold a Hessian, the objective is the full
+    sum_n (w_n - q_n)^T H (w_n - q_n): see `second_order`. The result is never worse than the above on it.
+
+    Args:
+        weight: [out_features, in_features] of any float dtype.
+        config: the settings.
+        statistics: of the layer's inputs x.
+        output_shift: [out_features, in_features] fp32, E[(y' - w x) x^T], with y' the output that the layer should
+            give where that is not w x. Only second-order rounding uses it.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
@@ -91,10 +110,25 @@ def encode(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | No
     """
     check_weight(weight, config)
     importance = _importance(weight, config, statistics)
-    hessian = _checked_hessian(statistics, weight.shape[1]) if config.rounding == "gptq" else None
+    if config.rounding == "nearest" or (
+        config.rounding == "auto" and (statistics is None or statistics.hessian is None)
+    ):
+        return _first_order(weight, importance, config)
+    _check_second_order(statistics, output_shift, weight)
+    second_order = statistics.second_order
+    target = second_order.target(weight, output_shift)
+    start = _first_order(target, _importance_of(second_order.importance, config), config)
+    encoding, before = second_order.refine(target, start, config)
+    if bool(encoding.error > CLEAR_GAIN * before):
+        # little was gained: the start for the diagonal alone may have been as good
+        plain, _ = second_order.refine(target, _first_order(target, importance, config), config)
+        encoding = plain if bool(plain.error < encoding.error) else encoding
+    return encoding
+
+
+def _first_order(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -> Encoding:
     groups = _Groups(weight, config.group_size)
-    encoding = _assign(groups, importance, _best_candidate(groups, importance, config), config)
-    return encoding if hessian is None else _second_order(groups.weight, hessian, encoding, config)
+    return _assign(groups, importance, _best_candidate(groups, importance, config), config)
 
 
 def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
@@ -154,7 +188,11 @@ def _importance(weight: torch.Tensor, config: AAACConfig, statistics: Statistics
         h = _checked_moment(statistics, k).to(weight.device)
         mean = h.mean()
         h = torch.where(mean > 0, h + IMPORTANCE_FLOOR * mean, torch.ones_like(h))
-    padding = ceil_div(k, config.group_size) * config.group_size - k
+    return _importance_of(h, config)
+
+
+def _importance_of(h: torch.Tensor, config: AAACConfig) -> torch.Tensor:
+    padding = -len(h) % config.group_size
     return torch.nn.functional.pad(h, (0, padding)).view(-1, config.group_size)
 
 
@@ -173,24 +211,19 @@ def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.
     return fmt.round(groups.abs().amax(-1) / top, pts)
 
 
-def _checked_hessian(statistics: Statistics | None, in_features: int) -> torch.Tensor:
+def _check_second_order(statistics: Statistics | None, output_shift: torch.Tensor | None, weight: torch.Tensor) -> None:
+    n, k = weight.shape
     if statistics is None or statistics.hessian is None:
         raise ValueError("rounding='gptq' needs the full second moments of calibration data; prepare the layer with it")
-    hessian = statistics.hessian.float()
-    if tuple(hessian.shape) != (in_features, in_features):
-        raise ValueError(f"hessian must have shape [{in_features}, {in_features}], got {list(hessian.shape)}")
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the Hessian has NaN or infinite values; check the calibration batches")
-    return hessian
-
-
-def _second_order(weight: torch.Tensor, hessian: torch.Tensor, start: Encoding, config: AAACConfig) -> Encoding:
-    """New codes for the full H, in chunks of rows."""
-    rounding = SecondOrderRounding(hessian.to(weight.device), start.codebooks, config.group_size)
-    rows = max(1, SECOND_ORDER_WEIGHTS // weight.shape[1])
-    parts = zip(*(part.split(rows) for part in (weight, start.scale, start.selector, start.codes)), strict=True)
-    codes, errors = zip(*(rounding(w.float(), *rest) for w, *rest in parts), strict=True)
-    return dataclasses.replace(start, codes=torch.cat(codes), error=torch.stack(errors).sum())
+    for name, part, shape in (("hessian", statistics.hessian, (k, k)), ("output_shift", output_shift, (n, k))):
+        if part is None:
+            continue
+        if tuple(part.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(part.shape)}")
+        if part.device != weight.device:
+            raise ValueError(f"{name} is on {part.device} and the weight on {weight.device}; move one of them")
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"{name} has NaN or infinite values; check the calibration batches")
 
 
 @dataclass(frozen=True)

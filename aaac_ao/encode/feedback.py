@@ -1,8 +1,10 @@
-"""Second-order rounding: codes that minimise the layer's output error sum_n (w_n - q_n)^T H (w_n - q_n).
+"""Codes that minimise the layer's output error sum_n (w_n - q_n)^T H (w_n - q_n), with scales and books fixed.
 
-Scales, selectors and books are fixed beforehand, so that groups stay contiguous whatever the order of the columns
-(GPTQ, arXiv 2210.17323, with static groups). First the feedback of rounding errors to the columns that are still to be
-rounded, in the order of falling importance; then coordinate descent on single codes with the exact H.
+First the feedback of rounding errors to the columns that are still to be rounded, in the order of falling importance
+(GPTQ, arXiv 2210.17323, with static groups, so that groups stay contiguous whatever the order); then coordinate descent
+on single codes with the exact H.
+
+Everything here is laid out [K, N], transposed against the weight: one input channel of all rows is contiguous.
 """
 
 from __future__ import annotations
@@ -15,59 +17,114 @@ from aaac_ao.encode.scales import reciprocal
 
 logger = logging.getLogger(__name__)
 
-#: Columns that are rounded one by one before the others hear of it in one matrix product.
+#: Columns that are rounded one by one before the others hear of it in one matrix product; a multiple of every group.
 BLOCK_COLUMNS = 128
 #: Share of the mean diagonal added to the diagonal of H, raised tenfold each time the factorisation fails.
 DAMPING = 0.01
-#: Passes of coordinate descent over all columns.
+#: Passes of one coordinate descent over all columns.
 SWEEPS = 2
+#: Bins of the table that narrows the search for the nearest entry, over this many times the books' largest entry.
+_BINS, _RANGE = 4096, 1.25
 
 
-class SecondOrderRounding:
-    """Chooses codes of rows of one layer, with what depends on its inputs alone computed once.
+class Grid:
+    """The values that every weight can take: its group's scale times the entries of its group's book.
 
     Args:
-        hessian: [K, K] fp32, E[x x^T] of the layer's inputs.
+        scale: [N, groups] fp32 >= 0.
+        selector: [N, groups] bool, the book of every group.
         codebooks: [2, 16] fp32, ascending.
         group_size: columns per group.
-
-    Raises:
-        ValueError: H cannot be factorised, however much it is damped.
     """
 
-    def __init__(self, hessian: torch.Tensor, codebooks: torch.Tensor, group_size: int) -> None:
-        self.hessian, self.codebooks, self.group_size = hessian, codebooks, group_size
-        self.damped = damp(hessian, DAMPING)
-        self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self.factor = inverse_factor(self.damped[self.order][:, self.order])
+    def __init__(self, scale: torch.Tensor, selector: torch.Tensor, codebooks: torch.Tensor, group_size: int) -> None:
+        self.scale, self.group_size = scale.t().contiguous(), group_size
+        self.book = selector.t().to(torch.int32).contiguous()
+        self.entries = codebooks.reshape(-1)
+        midpoints = (codebooks[:, 1:] + codebooks[:, :-1]) / 2
+        self._upper = torch.nn.functional.pad(midpoints, (0, 1), value=float("inf")).view(-1)
+        step = 2 * _RANGE * codebooks.abs().max().clamp(min=1e-30) / _BINS
+        left_edges = (torch.arange(_BINS, device=scale.device) - _BINS // 2) * step
+        self._guess = torch.stack([torch.bucketize(left_edges, m) for m in midpoints]).to(torch.int32).view(-1)
+        self._inverse = reciprocal(self.scale)
+        self._bins_per_unit, self._middle = 1 / step, torch.full((), _BINS / 2, device=scale.device)
 
-    def __call__(
-        self, weight: torch.Tensor, scale: torch.Tensor, selector: torch.Tensor, codes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New codes where they lower a row's error.
+    def nearest(self, w: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (int32) and values nearest to w [N] in a column of the weight."""
+        group = column // self.group_size
+        book = self.book[group]
+        u = w * self._inverse[group]
+        bins = torch.addcmul(self._middle, u, self._bins_per_unit).clamp_(0, _BINS - 1).to(torch.int32)
+        index = torch.index_select(self._guess, 0, bins.add_(book, alpha=_BINS)).add_(book, alpha=16)
+        index += u > torch.index_select(self._upper, 0, index)  # a bin holds one midpoint at most, or entries as good
+        return index - 16 * book, torch.index_select(self.entries, 0, index) * self.scale[group]
 
-        Args:
-            weight: [rows, K] fp32.
-            scale: [rows, groups] fp32 >= 0.
-            selector: [rows, groups] bool, the book of every group.
-            codes: [rows, K] uint8, what to improve on.
+    def index(self, codes: torch.Tensor) -> torch.Tensor:
+        """Where the entries of codes [K, N] stand among the 32 of both books."""
+        return codes.long() + 16 * self._of_columns(self.book, len(codes))
 
-        Returns:
-            Codes [rows, K] uint8 and the sum of the rows' errors, fp64 0-D.
-        """
-        grid = _Grid(scale, selector, self.codebooks, self.group_size)
-        start = codes.long()
-        improved = _descend(weight, self.damped, grid, _feedback(weight, self.order, self.factor, grid))
-        errors = [row_errors(weight, grid.values(candidate), self.hessian) for candidate in (start, improved)]
-        better = errors[1] < errors[0]
-        chosen = torch.where(better[:, None], improved, start).to(torch.uint8)
-        return chosen, torch.where(better, errors[1], errors[0]).sum()
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """[K, N] values of codes [K, N]."""
+        return self.entries[self.index(codes)] * self.column_scales(len(codes))
+
+    def column_scales(self, columns: int) -> torch.Tensor:
+        """[K, N] the scale of every weight."""
+        return self._of_columns(self.scale, columns)
+
+    def _of_columns(self, of_groups: torch.Tensor, columns: int) -> torch.Tensor:
+        return of_groups.repeat_interleave(self.group_size, dim=0)[:columns]
+
+
+def feedback(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round columns in `order`; what is lost is made up for by the columns that follow.
+
+    Args:
+        weight: [K, N] fp32.
+        order: [K] the columns in the order of rounding.
+        factor: [K, K] upper Cholesky factor of the inverse of H, both in that order.
+        grid: the allowed values.
+
+    Returns:
+        Codes [K, N] int32.
+    """
+    left, codes, columns = weight[order], torch.empty_like(weight, dtype=torch.int32), order.tolist()
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        block = slice(start, start + BLOCK_COLUMNS)
+        w, u = left[block], factor[block, block]
+        errors = torch.empty_like(w)
+        for i, column in enumerate(columns[block]):
+            codes[column], value = grid.nearest(w[i], column)
+            torch.sub(w[i], value, out=errors[i]).div_(diagonal[start + i])
+            w[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+        left[block.stop :].addmm_(factor[block, block.stop :].t(), errors, alpha=-1)
+    return codes
+
+
+def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    """Codes [K, N] int32 after setting each to its best value with all others fixed, in `SWEEPS` passes of columns."""
+    codes, values = codes.clone(), grid.values(codes)
+    gradient = hessian @ (values - weight)  # half of it
+    steps = (1 / hessian.diagonal()).tolist()
+    for _ in range(SWEEPS):
+        for start in range(0, len(weight), BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            own, near = gradient[block].clone(), hessian[block, block]
+            moves = torch.empty_like(own)
+            for i in range(len(own)):
+                old = values[start + i]
+                codes[start + i], new = grid.nearest(old.sub(own[i], alpha=steps[start + i]), start + i)
+                torch.sub(new, old, out=moves[i])
+                own[i + 1 :].addr_(near[i, i + 1 :], moves[i])
+                values[start + i] = new
+            gradient.addmm_(hessian[:, block], moves)
+    return codes
 
 
 def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [rows]."""
+    """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [N], of weights [K, N]."""
     error = weight - quantised
-    return ((error @ hessian).double() * error.double()).sum(1)
+    return ((hessian @ error).double() * error.double()).sum(0)
 
 
 def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
@@ -78,45 +135,12 @@ def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
     return hessian + torch.diag_embed(added.expand_as(diagonal))
 
 
-class _Grid:
-    """The values that every weight can take: its group's scale times the entries of its group's book."""
-
-    def __init__(self, scale: torch.Tensor, selector: torch.Tensor, codebooks: torch.Tensor, group_size: int) -> None:
-        self.scale, self.inverse, self.book = scale, reciprocal(scale), selector.long()
-        self.entries, self.midpoints = codebooks, (codebooks[:, 1:] + codebooks[:, :-1]) / 2
-        self.group_size = group_size
-
-    def nearest(self, w: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and values [N] nearest to w [N] in a column of the weight."""
-        group = column // self.group_size
-        book = self.book[:, group]
-        u = w * self.inverse[:, group]
-        code = torch.searchsorted(self.midpoints[book], u[:, None]).squeeze(1)
-        return code, self.entries[book, code] * self.scale[:, group]
-
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """[N, K] values of codes [N, K]."""
-        group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
-        return self.entries[self.book[:, group], codes] * self.scale[:, group]
-
-
-def _feedback(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, grid: _Grid) -> torch.Tensor:
-    """Round columns in `order`; what is lost is made up for by the columns that follow."""
-    left, codes, columns = weight[:, order].clone(), torch.empty_like(weight, dtype=torch.int64), order.tolist()
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        block = slice(start, start + BLOCK_COLUMNS)
-        w, u = left[:, block].clone(), factor[block, block]
-        errors = torch.empty_like(w)
-        for i, column in enumerate(columns[block]):
-            codes[:, column], value = grid.nearest(w[:, i], column)
-            errors[:, i] = (w[:, i] - value) / u[i, i]
-            w[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
-        left[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return codes
-
-
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse; in fp64 and with more damping where fp32 is not enough."""
+    """Upper Cholesky factor of the inverse; in fp64 and with more damping where fp32 is not enough.
+
+    Raises:
+        ValueError: H cannot be factorised, however much it is damped.
+    """
     for attempt in range(5):
         matrix = hessian if attempt == 0 else damp(hessian, DAMPING * 10.0 ** (attempt - 2))
         for dtype in (torch.float32, torch.float64):
@@ -127,22 +151,3 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
                 return upper.float()
         logger.warning("a Hessian of %d inputs could not be factorised: damping it more", len(hessian))
     raise ValueError(f"the Hessian of {len(hessian)} inputs cannot be factorised; check the calibration batches")
-
-
-def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: torch.Tensor) -> torch.Tensor:
-    """Set every code to its best value with all others fixed, column after column, `SWEEPS` times."""
-    values = grid.values(codes)
-    gradient = (values - weight) @ hessian  # half of it
-    for _ in range(SWEEPS):
-        for start in range(0, weight.shape[1], BLOCK_COLUMNS):
-            block = slice(start, start + BLOCK_COLUMNS)
-            own, near = gradient[:, block].clone(), hessian[block, block]
-            moves = torch.zeros_like(own)
-            for i in range(own.shape[1]):
-                old = values[:, start + i]
-                codes[:, start + i], new = grid.nearest(old - own[:, i] / near[i, i], start + i)
-                moves[:, i] = new - old
-                own += moves[:, i : i + 1] * near[i]
-                values[:, start + i] = new
-            gradient += moves @ hessian[block]
-    return codes

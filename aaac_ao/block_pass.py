@@ -1,0 +1,325 @@
+"""One decoder block after the other: gather what its layers see, encode them, hand the hidden states on.
+
+With `propagate="original"` every layer is encoded for its inputs in the original model. With "quantized", layers see
+what the quantised layers before them give, stage by stage inside a block too, and are corrected towards the outputs of
+the original model, which runs alongside (in the spirit of GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aaac_ao.awq import find_pairs, fold, scaled, search_scale
+from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks, input_of, residual_bases
+from aaac_ao.config import AAACConfig
+from aaac_ao.encode import Encoding, Statistics, encode
+from aaac_ao.first_pass import LayerRecord
+from aaac_ao.moments import InputSums
+from aaac_ao.resume import RunFolder
+from aaac_ao.tensor import AAACTensor
+from aaac_ao.transform import set_weight
+
+logger = logging.getLogger(__name__)
+
+#: Called with the name of an encoded layer, its relative output error, and how many layers were encoded with it.
+Report = Callable[[str, float, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `calibrate_` works; see there for the fields."""
+
+    config: AAACConfig
+    propagate: str
+    awq: bool = False
+    share_codebooks: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether full Hessians are gathered."""
+        return self.config.rounding != "nearest"
+
+
+# encoding
+
+
+def encode_stage(
+    layers: Mapping[str, nn.Module],
+    statistics: Statistics,
+    options: Options,
+    report: Report,
+    output_shifts: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Quantise layers that read the same input, with one pair of books for all of them if that is asked for."""
+    parts = [list(layers)] if options.share_codebooks else [[name] for name in layers]
+    for names in parts:
+        weights = [layers[name].weight.detach() for name in names]
+        shift = None if output_shifts is None else torch.cat([output_shifts[name] for name in names])
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        encoding = encode(weight, options.config, statistics, shift)
+        report(names[-1], relative_error(encoding, weight, statistics), len(names))
+        for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
+            set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
+
+
+def relative_error(encoding: Encoding, weight: torch.Tensor, statistics: Statistics) -> float:
+    """Root mean square error of the layer's output, as a share of that output."""
+    w = weight.float()
+    against = w @ statistics.hessian if statistics.hessian is not None else w * statistics.second_moment
+    return float((encoding.error / (against.double() * w).sum().clamp(min=1e-300)).clamp(min=0).sqrt())
+
+
+def _split(encoding: Encoding, rows: list[int]) -> Iterator[Encoding]:
+    parts = (part.split(rows) for part in (encoding.codes, encoding.selector, encoding.scale))
+    for codes, selector, scale in zip(*parts, strict=True):
+        yield dataclasses.replace(encoding, codes=codes, selector=selector, scale=scale)
+
+
+def fold_awq(
+    blocks: Sequence[nn.Module], statistics: dict[str, Statistics], names: Mapping[nn.Module, str], config: AAACConfig
+) -> list[torch.Tensor | None]:
+    """Search and fold the AWQ scales of blocks; `statistics` become those of the scaled inputs.
+
+    Returns:
+        The scale of every pair, None where there is nothing to scale.
+    """
+    scales: list[torch.Tensor | None] = []
+    for pair in (pair for block in blocks for pair in find_pairs(block)):
+        scales.append(None)
+        if not all(names.get(layer) in statistics for layer in pair.layers):
+            continue  # a layer that stays as it is, or was not reached
+        own = statistics[names[pair.layers[0]]]
+        scale = search_scale([layer.weight for layer in pair.layers], own, config)
+        if scale is not None:
+            shared = scaled(own, fold(pair, scale))
+            statistics.update({names[layer]: shared for layer in pair.layers})
+            scales[-1] = scale
+    return scales
+
+
+# gathering
+
+
+def gather(
+    layers: Mapping[str, nn.Module], stages: list[list[str]], full: bool, run: Callable[[], object]
+) -> list[tuple[list[str], InputSums]]:
+    """What the layers of each stage see during `run`."""
+    sums = {}
+    for stage in stages:
+        first = layers[stage[0]]
+        sums[first] = InputSums.zeros(first.in_features, first.weight.device, full)
+    add = lambda module, args, kwargs: sums[module].add(input_of(args, kwargs))  # noqa: E731
+    with hooks(module.register_forward_pre_hook(add, with_kwargs=True) for module in sums):
+        run()
+    return list(zip(stages, sums.values(), strict=True))
+
+
+def means(gathered: list[tuple[list[str], InputSums]]) -> dict[str, Statistics]:
+    """Statistics by layer, one object for each stage; without layers that saw nothing."""
+    found: dict[str, Statistics] = {}
+    for stage, sums in gathered:
+        if int(sums.tokens):
+            found.update(dict.fromkeys(stage, sums.statistics()))
+    return found
+
+
+@contextmanager
+def weights_of(layers: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Run with other weights for a while."""
+    present = {name: layers[name].weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            layers[name].weight = weight
+        yield
+    finally:
+        for name, weight in present.items():
+            layers[name].weight = weight
+
+
+class BlockPass:
+    """Quantises the blocks of a chain in order.
+
+    Args:
+        record: the calls of the blocks and the inputs of the first one; consumed on the way.
+        observed: the stages of the layers.
+        layers: the layers to quantise, by name.
+        options: how.
+        report: hears of every encoded layer.
+        folder: keeps finished blocks, or None.
+    """
+
+    def __init__(
+        self,
+        record: CallRecord,
+        observed: LayerRecord,
+        layers: Mapping[str, nn.Module],
+        options: Options,
+        report: Report,
+        folder: RunFolder | None = None,
+    ) -> None:
+        self.record, self.observed, self.layers, self.options = record, observed, layers, options
+        self.report, self.folder = report, folder
+        self.names = {module: name for name, module in layers.items()}
+        self.original = record.hidden
+        self.quantised = record.hidden.copy("quantized") if options.propagate == "quantized" else None
+        self._changed = False  # whether the two streams differ
+
+    def run(self, index: int, block: nn.Module) -> None:
+        """Quantise the layers of a block and move the hidden states behind it; the block is restored if that fails."""
+        own = {self.names[module]: module for module in block.modules() if module in self.names}
+        stages = self.observed.stages_of(set(own))
+        originals = {name: module.weight for name, module in own.items()}
+        finished = None if self.folder is None else self.folder.load(index)
+        try:
+            if finished is not None:
+                self._restore(block, own, *finished)
+                advanced = False
+            elif self.quantised is None:
+                scales, advanced = self._at_once(index, block, own, stages), True
+            else:
+                scales, advanced = self._stage_by_stage(index, block, own, stages, originals), False
+            if finished is None and self.folder is not None:
+                self.folder.save(index, scales, {name: module.weight for name, module in own.items()})
+        except BaseException:
+            for name, weight in originals.items():
+                own[name].weight = weight
+            raise
+        self._changed = self._changed or bool(own)
+        if not advanced:
+            with weights_of(own, originals):
+                self._advance(index, block, self.original)
+        if self.quantised is not None:
+            self._advance(index, block, self.quantised)
+        for calls in self.record.calls:
+            calls[index] = ((), {})
+
+    def gather(self, index: int, block: nn.Module, full: bool) -> list[tuple[list[str], InputSums]]:
+        """What all layers of a block see in the original model; its hidden states move on."""
+        own = {self.names[module]: module for module in block.modules() if module in self.names}
+        run = lambda: self._advance(index, block, self.original)  # noqa: E731
+        return gather(own, self.observed.stages_of(set(own)), full, run)
+
+    def _at_once(
+        self, index: int, block: nn.Module, own: dict[str, nn.Module], stages: list[list[str]]
+    ) -> list[torch.Tensor | None]:
+        statistics = means(self.gather(index, block, self.options.full))
+        scales = fold_awq([block], statistics, self.names, self.options.config) if self.options.awq else []
+        quantise_stages(own, stages, statistics, self.options, self.report)
+        return scales
+
+    def _stage_by_stage(
+        self,
+        index: int,
+        block: nn.Module,
+        own: dict[str, nn.Module],
+        stages: list[list[str]],
+        originals: dict[str, nn.Parameter],
+    ) -> list[torch.Tensor | None]:
+        scales: list[torch.Tensor | None] = []
+        if self.options.awq:
+            run = lambda: [self._call(self.quantised, batch, index, block) for batch in range(len(self.original))]  # noqa: E731
+            seen = means(gather(own, stages, False, run))
+            scales = fold_awq([block], seen, self.names, self.options.config)
+        bases = {}
+        if self.options.full and own:
+            bases = residual_bases(block, lambda: self._call(self.original, 0, index, block), own)
+        for stage in stages:
+            layers = {name: own[name] for name in stage}
+            found = self._differences(index, block, layers, originals, bases)
+            if found is None:
+                logger.warning("%s: no calibration token reaches it any more; left as it is", ", ".join(stage))
+                continue
+            encode_stage(layers, found[0], self.options, self.report, found[1])
+            self._changed = True
+        return scales
+
+    def _differences(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: dict[str, nn.Module],
+        originals: dict[str, nn.Parameter],
+        bases: dict[str, nn.Module],
+    ) -> tuple[Statistics, dict[str, torch.Tensor] | None] | None:
+        """Statistics of a stage in the quantised stream, and how far its layers' outputs should move.
+
+        None if nothing reaches it. The second part is None where the streams do not differ or cannot be compared.
+        """
+        names, first = list(layers), next(iter(layers.values()))
+        k, device = first.in_features, first.weight.device
+        sums = InputSums.zeros(k, device, self.options.full)
+        compare = self.options.full and self._changed
+        shift = torch.zeros(k, k, device=device)
+        base_shift = {name: torch.zeros(layers[name].out_features, k, device=device) for name in names if name in bases}
+        sites = {first, *(bases[name] for name in base_shift)}
+        until = None if names[0] in self.observed.repeated else first
+        for batch in range(len(self.original)):
+            now = captured_inputs(lambda: self._call(self.quantised, batch, index, block), sites, until)  # noqa: B023
+            for x in now[first]:
+                sums.add(x)
+            if not compare:
+                continue
+            with weights_of(self.layers, originals):
+                then = captured_inputs(lambda: self._call(self.original, batch, index, block), sites, until)  # noqa: B023
+            if [x.shape for x in now[first]] != [x.shape for x in then[first]]:
+                compare = False  # tokens are routed differently
+                continue
+            for x, x0 in zip(now[first], then[first], strict=True):
+                x = x.flatten(0, -2).float()
+                shift.addmm_((x0.flatten(0, -2).float() - x).t(), x)
+                for name, total in base_shift.items():
+                    moved = then[bases[name]][0].float() - now[bases[name]][0].float()
+                    total.addmm_(moved.flatten(0, -2).t(), x)
+        if int(sums.tokens) == 0:
+            return None
+        statistics = sums.statistics()
+        if not compare:
+            return statistics, None
+        output_shifts = {}
+        for name, module in layers.items():
+            output_shifts[name] = module.weight.detach().float() @ shift + base_shift.get(name, 0)
+            output_shifts[name] /= statistics.tokens
+        return statistics, output_shifts
+
+    def _restore(
+        self,
+        block: nn.Module,
+        own: dict[str, nn.Module],
+        scales: list[torch.Tensor | None],
+        weights: dict[str, AAACTensor],
+    ) -> None:
+        if self.options.awq:
+            for pair, scale in zip(find_pairs(block), scales, strict=True):
+                if scale is not None:
+                    fold(pair, scale.to(pair.layers[0].weight.device))
+        for name, weight in weights.items():
+            set_weight(own[name], weight.to(own[name].weight.device))
+            self.report(name, float("nan"), 1)
+
+    def _call(self, stream, batch: int, index: int, block: nn.Module) -> torch.Tensor:
+        args, kwargs = self.record.calls[batch][index]
+        return hidden_states_of(block(stream[batch], *args, **kwargs))
+
+    def _advance(self, index: int, block: nn.Module, stream) -> None:
+        for batch in range(len(stream)):
+            stream[batch] = self._call(stream, batch, index, block)
+
+
+def quantise_stages(
+    layers: Mapping[str, nn.Module],
+    stages: list[list[str]],
+    statistics: Mapping[str, Statistics],
+    options: Options,
+    report: Report,
+) -> None:
+    """Encode all stages for which there are statistics."""
+    for stage in stages:
+        if stage[0] in statistics:
+            encode_stage({name: layers[name] for name in stage}, statistics[stage[0]], options, report)

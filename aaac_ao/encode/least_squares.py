@@ -1,0 +1,92 @@
+"""Books and group scales that fit given codes best under the full H: least squares in 32 and in one unknown.
+
+As in `feedback`, weights and codes are laid out [K, N].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aaac_ao.encode.feedback import BLOCK_COLUMNS, Grid
+from aaac_ao.formats import ScaleFormat
+
+#: Books are fitted on about this many weights (rows taken evenly), some rows at a time: 32 numbers do not need more.
+SAMPLE_WEIGHTS, _CHUNK_WEIGHTS = 1 << 19, 1 << 17
+#: Weight of staying at the old entry, relative to the mean diagonal of the normal equations.
+_RIDGE = 1e-6
+
+
+class BookFit:
+    """Normal equations of the 32 entries, summed over rows.
+
+    With P [K, 32] holding the scale of every weight of a row in the column of its entry, the row's error is
+    (P c - w)^T H (P c - w), which is least for the c with sum P^T H P c = sum P^T H w.
+    """
+
+    def __init__(self, hessian: torch.Tensor, codebooks: torch.Tensor) -> None:
+        self.hessian, self.codebooks = hessian, codebooks
+        self.normal = torch.zeros(32, 32, dtype=torch.float64, device=hessian.device)
+        self.downhill = torch.zeros(32, dtype=torch.float64, device=hessian.device)
+
+    def add(self, weight: torch.Tensor, codes: torch.Tensor, grid: Grid, stride: int) -> None:
+        """Add every `stride`-th row of weights and codes [K, N]."""
+        columns = len(weight)
+        rows = torch.arange(0, weight.shape[1], stride, device=weight.device)
+        for part in rows.split(max(1, _CHUNK_WEIGHTS // columns)):
+            index, scale = grid.index(codes)[:, part], grid.column_scales(columns)[:, part]
+            error = grid.entries[index] * scale - weight[:, part]
+            placed = torch.zeros(columns, len(part), 32, device=weight.device)
+            placed.scatter_(2, index[..., None], scale[..., None])
+            pulled = self.hessian @ placed.view(columns, -1)
+            flat = placed.view(-1, 32)
+            self.normal += (flat.t() @ pulled.view(-1, 32)).double()
+            self.downhill -= (flat.t() @ (self.hessian @ error).view(-1)).double()
+
+    def solve(self) -> torch.Tensor:
+        """The fitted books [2, 16] fp32; entries that no weight uses stay where they are."""
+        ridge = (_RIDGE * self.normal.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        move = torch.linalg.solve(self.normal + torch.diag_embed(ridge.expand(32)), self.downhill)
+        return (self.codebooks.double() + move.view(2, 16)).float()
+
+
+def fit_scales(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    codes: torch.Tensor,
+    fmt: ScaleFormat,
+    per_tensor_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scales of all groups, one group after the other set to its best storable value where that helps.
+
+    Args:
+        weight: [K, N] fp32.
+        hessian: [K, K].
+        grid: the scales to start from, selectors and books.
+        codes: [K, N].
+        fmt: format that the scales are rounded to.
+        per_tensor_scale: of the format.
+
+    Returns:
+        [N, groups] fp32.
+    """
+    scale, size = grid.scale.clone(), grid.group_size
+    entries = grid.entries[grid.index(codes)]
+    gradient = hessian @ (grid.values(codes) - weight)
+    for start in range(0, len(weight), BLOCK_COLUMNS):
+        block = slice(start, min(start + BLOCK_COLUMNS, len(weight)))
+        own, near, moves = gradient[block], hessian[block, block], torch.empty_like(gradient[block])
+        for first in range(0, len(own), size):
+            part = slice(first, min(first + size, len(own)))
+            v, group = entries[block][part], (start + first) // size
+            slope, curvature = (own[part] * v).sum(0), (near[part, part] @ v * v).sum(0)
+            best = scale[group] - slope / curvature.clamp(min=1e-30)
+            best = torch.where(best > 0, fmt.round(best.clamp(min=0), per_tensor_scale), scale[group])
+            move = best - scale[group]
+            helps = (move * (2 * slope + move * curvature) < 0) & (scale[group] > 0) & torch.isfinite(best)
+            move = torch.where(helps, move, torch.zeros_like(move))
+            scale[group] = torch.where(helps, best, scale[group])
+            moves[part] = move * v
+            own.addmm_(near[:, part], moves[part])
+        gradient[block.stop :].addmm_(hessian[block.stop :, block], moves)
+    return scale.t().contiguous()

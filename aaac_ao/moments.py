@@ -1,0 +1,54 @@
+"""Second moments of the inputs of layers: sums over input vectors, which add up over batches, runs and machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aaac_ao.encode import Statistics
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Sums over the input vectors x of one or more layers that read the same input.
+
+    Attributes:
+        squares: fp32 [K], the sum of x_j^2.
+        tokens: int64 0-D, the number of input vectors.
+        hessian: fp32 [K, K], the sum of x x^T, or None where only the diagonal is wanted.
+    """
+
+    squares: torch.Tensor
+    tokens: torch.Tensor
+    hessian: torch.Tensor | None
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device | str, full: bool) -> InputSums:
+        """Sums over nothing yet; `full` includes the Hessian."""
+        hessian = torch.zeros(in_features, in_features, device=device) if full else None
+        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(torch.zeros(in_features, device=device), tokens, hessian)
+
+    @torch.no_grad()
+    def add(self, x: torch.Tensor) -> None:
+        """Add the input vectors x [..., K]; nothing is read back from the device."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        self.squares.add_(torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_())
+        self.tokens.add_(len(x))
+        if self.hessian is not None:
+            x = x.float()
+            self.hessian.addmm_(x.t(), x)
+
+    def statistics(self) -> Statistics:
+        """The means.
+
+        Raises:
+            ValueError: no input was seen.
+        """
+        tokens = int(self.tokens)
+        if tokens == 0:
+            raise ValueError(
+                "0 batches seen: run calibration batches through the model between 'prepare' and 'convert'"
+            )
+        return Statistics(self.squares / tokens, tokens, None if self.hessian is None else self.hessian / tokens)
