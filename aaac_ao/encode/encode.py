@@ -15,19 +15,20 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, t
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
-from aaac_ao.encode.scales import reciprocal, search_scales
+from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
 from aaac_ao.encode.second_order import SecondOrder
-from aaac_ao.formats import ScaleFormat
+from aaac_ao.formats import E4M3_MAX
 from aaac_ao.packing import ceil_div
 
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
-SAMPLE_WEIGHTS = 1 << 20
-#: Rows are worked on in chunks of about this many weights, which bounds the memory beyond the result.
-CHUNK_WEIGHTS = 1 << 18
+SAMPLE_WEIGHTS = 1 << 19
+#: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
+#: result; accelerators, where every launch costs, take 16 times as many.
+CHUNK_WEIGHTS = 1 << 17
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
-REFINE_ROUNDS, REFINE_ITERATIONS = 3, 4
+REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
 LEARNED_LARGEST_E4M3 = 352.0
 #: Share of the mean importance added to every channel, so that rarely active channels keep sensible codes.
@@ -128,7 +129,7 @@ def encode(
 
 def _first_order(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -> Encoding:
     groups = _Groups(weight, config.group_size)
-    return _assign(groups, importance, _best_candidate(groups, importance, config), config)
+    return _best_encoding(groups, importance, config)
 
 
 def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
@@ -161,6 +162,8 @@ class _Groups:
         self.weight, self.group_size = weight.detach(), group_size
         self.rows, self.columns = weight.shape
         self.count = ceil_div(self.columns, group_size)
+        chunk = CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16)
+        self.chunk_rows = max(1, chunk // self.columns)
         low, high = weight.detach().aminmax()
         self.amax = torch.maximum(-low, high).float()
 
@@ -171,7 +174,7 @@ class _Groups:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """All rows in order, [<= chunk, groups, group_size] at a time."""
-        for rows in self.weight.split(max(1, CHUNK_WEIGHTS // self.columns)):
+        for rows in self.weight.split(self.chunk_rows):
             yield self.cut(rows)
 
     def sample(self) -> torch.Tensor:
@@ -183,7 +186,7 @@ def _importance(weight: torch.Tensor, config: AAACConfig, statistics: Statistics
     """Importance of every input channel as [groups, group_size]; 0 in the filling of a partial group."""
     k = weight.shape[1]
     if statistics is None:
-        h = torch.ones(k, device=weight.device)
+        h = torch.ones(k, dtype=torch.float32, device=weight.device)
     else:
         h = _checked_moment(statistics, k).to(weight.device)
         mean = h.mean()
@@ -207,10 +210,6 @@ def _checked_moment(statistics: Statistics, in_features: int) -> torch.Tensor:
     return h
 
 
-def _start_scale(groups: torch.Tensor, top: float, fmt: ScaleFormat, pts: torch.Tensor | None) -> torch.Tensor:
-    return fmt.round(groups.abs().amax(-1) / top, pts)
-
-
 def _check_second_order(statistics: Statistics | None, output_shift: torch.Tensor | None, weight: torch.Tensor) -> None:
     n, k = weight.shape
     if statistics is None or statistics.hessian is None:
@@ -228,70 +227,94 @@ def _check_second_order(statistics: Statistics | None, output_shift: torch.Tenso
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A pair of books to encode with, its `top` and per-tensor scale, and the weights by which groups choose a book."""
+    """A pair of books to encode with.
+
+    Attributes:
+        books: [2, 16], each ascending.
+        top: magnitude onto which a group's largest weight is mapped.
+        largest: the E4M3 scale of the largest group, before the search.
+        select_by: [groups, group_size], the weights by which groups choose a scale and a book.
+    """
 
     books: torch.Tensor
     top: float
-    per_tensor_scale: torch.Tensor | None
+    largest: float
     select_by: torch.Tensor
 
 
-def _best_candidate(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
-    """The fixed pair that is asked for, or the best of the learned and all fixed ones."""
+def _best_encoding(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Encoding:
+    """With the fixed pair that is asked for, or with the best of the learned and all fixed ones."""
     if config.codebooks != "learned":
-        return _fixed(groups, importance, config, config.codebooks)
-    candidates = [_learned(groups, importance, config)]
-    candidates += [_fixed(groups, importance, config, name) for name in FIXED_CODEBOOKS]
-    errors = [float(_error_of(groups, importance, candidate, config)) for candidate in candidates]
-    return candidates[errors.index(min(errors))]
+        return _assign(groups, importance, _fixed(groups, importance, config, config.codebooks), config)
+    best = _assign(groups, importance, _learned(groups, importance, config), config)
+    for name, bound in zip(FIXED_CODEBOOKS, _lower_bounds(groups, importance, config), strict=True):
+        if bound < float(best.error):
+            rival = _assign(groups, importance, _fixed(groups, importance, config, name), config)
+            best = rival if bool(rival.error < best.error) else best
+    return best
+
+
+def _lower_bounds(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> list[float]:
+    """What the error of each fixed pair cannot be below, from one pass for all: most of them need not be tried."""
+    if not config.scale_search:  # the bounds are about the scales of the search
+        return [0.0] * len(FIXED_CODEBOOKS)
+    fmt, device = config.scale_format, groups.weight.device
+    pairs = [fixed_codebooks(name, config.group_size).sort(dim=1).values / top_of(name) for name in FIXED_CODEBOOKS]
+    books, index = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)  # IF4 is made of FP4 and INT4
+    first, second = index.view(-1, 2).to(device).unbind(1)
+    table = ScaleTable(books.to(device), fmt, lower_bounds=True)
+    pts = fmt.per_tensor_scale(groups.amax, top=1.0)
+    total = torch.zeros(len(FIXED_CODEBOOKS), dtype=torch.float64, device=device)
+    for chunk in groups.chunks():
+        errors, unit = (x.flatten(0, 1) for x in least_errors(chunk, importance, table, pts))
+        errors = torch.minimum(errors[:, first], errors[:, second])
+        total += unit.double().square() @ errors.double()
+    return total.tolist()
 
 
 def _learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
     fmt = config.scale_format
     pts = fmt.per_tensor_scale(groups.amax, top=1.0, largest=LEARNED_LARGEST_E4M3)
     sample = groups.sample()
-    scale = _start_scale(sample, 1.0, fmt, pts)
-    books = learned_start().to(sample.device).sort(dim=1).values
+    scale = fmt.round(sample.abs().amax(-1), pts)
+    books = learned_start().float().to(sample.device).sort(dim=1).values
     books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, config.iterations)
-    if config.scale_search:
-        for _ in range(REFINE_ROUNDS):
-            scale = search_scales(sample, importance, fmt.candidates(scale, pts), NearestTable(books, 1.0), 1.0)
-            books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, REFINE_ITERATIONS)
-    return _Candidate(books.bfloat16().float(), 1.0, pts, importance)
+    for _ in range(REFINE_ROUNDS if config.scale_search else 0):
+        table = ScaleTable(books, fmt)
+        found = [search_scales(chunk, importance, table, pts) for chunk in sample.split(groups.chunk_rows)]
+        scale = fmt.round(torch.cat(found), pts)
+        books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, REFINE_ITERATIONS)
+    return _Candidate(books.bfloat16().float(), 1.0, LEARNED_LARGEST_E4M3, importance)
 
 
 def _fixed(groups: _Groups, importance: torch.Tensor, config: AAACConfig, name: str) -> _Candidate:
     """A fixed pair; without a scale search the book is chosen by plain squared error, as round-to-nearest does."""
-    top = top_of(name)
     books = fixed_codebooks(name, config.group_size).to(groups.weight.device).sort(dim=1).values
     select_by = importance if config.scale_search else (importance > 0).float()
-    return _Candidate(books, top, config.scale_format.per_tensor_scale(groups.amax, top), select_by)
+    return _Candidate(books, top_of(name), E4M3_MAX, select_by)
 
 
 def _encoded_chunks(
     groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Exact codes, selectors, scales and the error of one chunk of rows after the other."""
-    books, top, pts, fmt = candidate.books, candidate.top, candidate.per_tensor_scale, config.scale_format
-    table = NearestTable(books, top)
+    books, top, select_by, fmt = candidate.books, candidate.top, candidate.select_by, config.scale_format
+    unit_pts, pts = (fmt.per_tensor_scale(groups.amax, t, candidate.largest) for t in (1.0, top))
+    nearest = NearestTable(books, top)
+    table = ScaleTable(books / top, fmt) if config.scale_search else None
     for chunk in groups.chunks():
-        scale = _start_scale(chunk, top, fmt, pts)
-        if config.scale_search:
-            scale = search_scales(chunk, candidate.select_by, fmt.candidates(scale, pts), table, top)
+        scale = chunk.abs().amax(-1) if table is None else search_scales(chunk, select_by, table, unit_pts)
+        scale = fmt.round(scale / top, pts)
         u = chunk * reciprocal(scale)[..., None]
-        both = [nearest_codes(u, table, book, index) for index, book in enumerate(books)]
+        both = [nearest_codes(u, nearest, book, index) for index, book in enumerate(books)]
         values = [torch.index_select(book, 0, codes.view(-1)) for book, codes in zip(books, both, strict=True)]
-        squared = torch.stack([(value.view(u.shape) - u).square() for value in values])
-        selector = torch.lt(*(squared * candidate.select_by).sum(-1).flip(0))
+        squared = [(value.view(u.shape) - u).square_() for value in values]
+        selector = torch.lt(*[(part * select_by).sum(-1) for part in reversed(squared)])
         codes = torch.where(selector[..., None], both[1], both[0]).flatten(1)[:, : groups.columns]
-        picked = torch.where(selector[..., None], squared[1], squared[0])
+        errors = [(part * importance).sum(-1) for part in squared]
         # the square of a scale may leave the range of fp32
-        error = ((picked * importance).sum(-1).double() * scale.double().square()).sum()
+        error = (torch.where(selector, errors[1], errors[0]).double() * scale.double().square()).sum()
         yield codes, selector, scale, error
-
-
-def _error_of(groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig) -> torch.Tensor:
-    return torch.stack([error for *_, error in _encoded_chunks(groups, importance, candidate, config)]).sum()
 
 
 def _assign(groups: _Groups, importance: torch.Tensor, candidate: _Candidate, config: AAACConfig) -> Encoding:
@@ -299,11 +322,12 @@ def _assign(groups: _Groups, importance: torch.Tensor, candidate: _Candidate, co
     device, rows = groups.weight.device, groups.rows
     codes = torch.empty(rows, groups.columns, dtype=torch.uint8, device=device)
     selector = torch.empty(rows, groups.count, dtype=torch.bool, device=device)
-    scale = torch.empty(rows, groups.count, device=device)
+    scale = torch.empty(rows, groups.count, dtype=torch.float32, device=device)
     errors, start = [], 0
     for part in _encoded_chunks(groups, importance, candidate, config):
         stop = start + len(part[0])
         codes[start:stop], selector[start:stop], scale[start:stop] = part[:3]
         errors.append(part[3])
         start = stop
-    return Encoding(codes, selector, scale, candidate.books, candidate.per_tensor_scale, torch.stack(errors).sum())
+    pts = config.scale_format.per_tensor_scale(groups.amax, candidate.top, candidate.largest)
+    return Encoding(codes, selector, scale, candidate.books, pts, torch.stack(errors).sum())

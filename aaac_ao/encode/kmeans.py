@@ -28,14 +28,21 @@ def lloyd(
         The books [2, 16], each ascending.
     """
     table = NearestTable(codebooks, top=1.0)
-    bins = table.bins(u)
-    mass = _integer_masses(importance * (scale * reciprocal(scale.max())).square()[..., None])
+    bins, weights = table.bins(u).flatten(0, 1), importance.expand_as(u).flatten(0, 1)
+    mass = _integer_masses(importance, scale)
+    # what each book owns, by bins: only groups that change their book change it
+    book = torch.zeros(len(bins), dtype=torch.bool, device=u.device)
+    histogram = torch.zeros(2, BINS, dtype=torch.float64, device=u.device)
+    histogram[0].index_add_(0, bins.view(-1), mass.view(-1).double())
     for _ in range(iterations):
-        errors = table.group_errors(bins, importance)
-        book = (errors[1] < errors[0]).to(torch.int32)
-        owner = (bins + book[..., None] * BINS).view(-1)
-        histogram = mass.new_zeros(2 * BINS).index_add_(0, owner, mass).view(2, BINS).long()
-        codebooks = _weighted_means(histogram, table, codebooks)
+        errors = table.group_errors(bins, weights)
+        chosen = errors[1] < errors[0]
+        changed = torch.nonzero(chosen != book).squeeze(1)
+        moved = mass[changed].double() * torch.where(chosen[changed], 1, -1)[:, None]
+        gained = torch.zeros_like(histogram[0]).index_add_(0, bins[changed].view(-1), moved.view(-1))
+        histogram += torch.stack([-gained, gained])
+        book = chosen
+        codebooks = _weighted_means(histogram.long(), table, codebooks)
         table = NearestTable(codebooks, top=1.0)
     return codebooks
 
@@ -51,8 +58,12 @@ def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: tor
     return torch.where(total > 0, means, codebooks.double()).float().sort(dim=1).values
 
 
-def _integer_masses(mass: torch.Tensor) -> torch.Tensor:
-    """Masses as integers with a sum below 2^48, exact also in fp64: no order of summation can change a result."""
-    mass = mass.reshape(-1).double()
-    largest = mass.max().clamp(min=1e-200)
-    return (mass * (2.0**48 / (mass.numel() * largest))).round_()
+def _integer_masses(importance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The mass h s^2 of every weight as whole numbers [rows * groups, group_size] whose sum is below 2^48.
+
+    fp64 adds them exactly, and so no order of summation can show.
+    """
+    relative = (scale * reciprocal(scale.max())).square()[..., None]
+    mass = (importance * reciprocal(importance.max()) * relative).flatten(0, 1)
+    largest = mass.max().clamp(min=1e-20)
+    return mass.mul_(2.0**48 / (mass.numel() * largest)).round_()
