@@ -4,7 +4,10 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+PEERS := $(patsubst benchmarks/environments/%.txt,.venv-peers/%/.installed,$(wildcard benchmarks/environments/*.txt))
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench peers clean
 
 demo: $(STAMP)
 	$(BIN)/aaac-ao demo
@@ -16,15 +19,28 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A peer whose environment cannot be built becomes a row "not available".
 bench: $(STAMP)
+	-$(MAKE) --keep-going peers
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench]'
+	mkdir -p build
 	$(BIN)/python -m benchmarks.encode_speed
+	$(BIN)/python -m benchmarks.quality --json build/quality.json --plot build/quality.png
+
+peers: $(PEERS)
+
+.venv-peers/%/.installed: benchmarks/environments/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python $(PIP) $$(grep '^torch==' constraints.txt)
+	.venv-peers/$*/bin/python $(PIP) $$(grep '^torch==' constraints.txt) -r $<
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) -c constraints.txt torch
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-peers build dist *.egg-info

@@ -1,64 +1,115 @@
-"""How fast weights are encoded: `python -m benchmarks.encode_speed`.
+"""How fast layers are encoded: `python -m benchmarks.encode_speed`.
 
-Times `aaac_ao.encode.encode` (nearest rounding, scale search on) on the linear layers of the demo model and on random
-square layers, in millions of weights per second; the median of several runs. Figures of a shared machine are good for
-ratios within one run only.
+Times whole square layers with random weights and correlated random inputs, each method in turn on the same layer: our
+encoder with nearest and with second-order rounding, torchao's HQQ, and torchao's GPTQ prototype (in the environment
+that `make peers` builds). What depends on data alone, the Hessian, is given to all of them. Medians of several runs;
+figures of a shared machine are good for ratios within one run only.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tabulate import tabulate
 
 from aaac_ao import AAACConfig, Statistics
-from aaac_ao.blocks import find_blocks
-from aaac_ao.demo.compare import load_demo_model
 from aaac_ao.encode import encode
+from benchmarks.peer_job import median_seconds
+from benchmarks.peers import interpreter
 
-CONFIGS = [
-    AAACConfig(format="nvfp4"),
-    AAACConfig(format="int4", group_size=64),
-    AAACConfig(format="int4", group_size=128),
-    AAACConfig(format="int4", group_size=64, codebooks="if4"),
-    AAACConfig(format="int4", group_size=64, codebooks="int4", scale_search=False),
-]
+HERE = Path(__file__).resolve().parent
+#: Linear weights of the blocks of Llama-3-8B, for the projection.
+LLAMA_8B_WEIGHTS = 6_979_321_856
+GPTQ, HQQ = "torchao GPTQ", "torchao int4 HQQ"
+OURS = {
+    f"AAAC {rounding}, {name}": AAACConfig(**setting, rounding=rounding)
+    for rounding in ("nearest", "gptq")
+    for name, setting in {
+        "nvfp4 g16": {"format": "nvfp4"},
+        "int4 g64": {"group_size": 64},
+        "int4 g128": {"group_size": 128},
+    }.items()
+}
 
 
-def seconds_of(weights: list[torch.Tensor], config: AAACConfig, repeats: int) -> float:
-    """Median time to encode all weights with random input statistics."""
-    statistics = {w.shape[1]: Statistics(torch.rand(w.shape[1]).exp(), 1) for w in weights}
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for weight in weights:
-            encode(weight, config, statistics[weight.shape[1]])
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+def random_layer(size: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """A weight [size, size] and the second moments of inputs with correlated channels, some of them large."""
+    generator = torch.Generator(device).manual_seed(size)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    x = draw(2 * size, size // 4) @ draw(size // 4, size) / (size // 4) ** 0.5 + 0.5 * draw(2 * size, size)
+    x *= (0.7 * draw(size)).exp()
+    return {"weight": 0.02 * draw(size, size), "hessian": x.t() @ x / len(x)}
+
+
+def our_seconds(layer: dict[str, torch.Tensor], config: AAACConfig, repeats: int) -> float:
+    """Time to encode the layer, the factorisation of its Hessian included."""
+    weight, hessian = layer["weight"], layer["hessian"]
+    full = hessian if config.rounding == "gptq" else None
+
+    def call() -> None:
+        encoding = encode(weight, config, Statistics(hessian.diagonal().contiguous(), len(weight), full))
+        float(encoding.error)  # waits for an accelerator
+
+    return median_seconds(call, repeats)
+
+
+def peer_seconds(layer: dict[str, torch.Tensor], repeats: int, threads: int) -> dict[str, float | str]:
+    """Times of torchao's methods by name, or why there is none, from a process in the environment of the peers."""
+    try:
+        python = interpreter("light")
+    except FileNotFoundError as error:
+        return {HQQ: str(error), GPTQ: str(error)}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(layer, Path(folder) / "layer.safetensors")
+        command = [str(python), "-O", str(HERE / "peer_speed.py"), folder, str(repeats)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MSLK_PYTHON_ONLY": "1"}
+        child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        result = Path(folder) / "seconds.json"
+        if not result.exists():
+            reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+            return {HQQ: reason, GPTQ: reason}
+        return json.loads(result.read_text())
+
+
+def rows_of(size: int, repeats: int, device: str, peers: bool) -> list[list[str]]:
+    """Lines of the table for one layer."""
+    layer = random_layer(size, device)
+    seconds: dict[str, float | str] = {name: our_seconds(layer, config, repeats) for name, config in OURS.items()}
+    if peers:
+        seconds |= peer_seconds(layer, repeats, torch.get_num_threads())
+    lines = []
+    for name, found in seconds.items():
+        if isinstance(found, str):
+            lines.append([f"{size} x {size}", name, f"not available: {found}", *[""] * 4])
+            continue
+        against = {peer: seconds[peer] for peer in (HQQ, f"{GPTQ} int4 g64") if isinstance(seconds.get(peer), float)}
+        ratios = [f"{against[p] / found:.1f}" if p in against else "" for p in (HQQ, f"{GPTQ} int4 g64")]
+        projected = LLAMA_8B_WEIGHTS / size**2 * found / 60
+        speed = f"{size**2 / found / 1e6:.2f}"
+        lines.append([f"{size} x {size}", name, f"{found:.2f}", speed, *ratios, f"{projected:.0f}"])
+    return lines
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 2048], help="square layers to time as well")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="square layers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    model, _ = load_demo_model()
-    demo = [m.weight.data for b in find_blocks(model) for m in b.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {"demo model": demo, **{f"{n} x {n}": [torch.randn(n, n) * 0.02] for n in args.sizes}}
-    rows = []
-    for name, weights in inputs.items():
-        count = sum(w.numel() for w in weights)
-        for config in CONFIGS:
-            seconds = seconds_of(weights, config, args.repeats)
-            search = "search" if config.scale_search else "no search"
-            setting = f"{config.format} g{config.group_size}"
-            rows.append([name, f"{count / 1e6:.2f}", setting, config.codebooks, search, f"{count / seconds / 1e6:.1f}"])
-    header = ["layers", "M weights", "format", "codebooks", "scales", "M weights/s"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+    lines = []
+    for size in args.sizes:
+        lines += rows_of(size, args.repeats if size < 4096 else 1, args.device, args.device == "cpu")
+    header = ["layer", "method", "seconds", "M weights/s", "times HQQ", "times GPTQ", "8B, minutes"]
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n")
+    print(tabulate(lines, header, tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""A quality run of this package's own methods: `python ours.py JOB`, started by `benchmarks.quality`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import peer_job
+from torch import nn
+from torchao.quantization import quantize_
+
+from aaac_ao import AAACConfig, AAACTensor, calibrate_
+
+BATCH = 8
+
+
+def quantise(model: nn.Module, job: peer_job.Job) -> None:
+    """Quantise in place; options: `config` for AAACConfig, `calibrate` for calibrate_, None there for no data."""
+    config = AAACConfig(**job.options["config"])
+    arguments: dict[str, Any] | None = job.options["calibrate"]
+    if arguments is None:
+        layers = peer_job.linear_layers(model)
+        quantize_(model, config, lambda module, name: name in layers)
+    else:
+        calibrate_(model, config, job.ids.split(BATCH), progress=False, **arguments)
+
+
+def outcome(model: nn.Module, job: peer_job.Job, state: None) -> peer_job.Outcome:
+    """Every parameter but the embeddings: AWQ scales move norms, too."""
+    kept = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    found = peer_job.Outcome()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kept:
+            continue
+        quantised = isinstance(parameter, AAACTensor)
+        found.weights[name] = parameter.dequantize() if quantised else parameter.data.clone()
+        if quantised:
+            found.stored_bytes[name.removesuffix(".weight")] = parameter.stored_bytes
+    return found
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    peer_job.main(("torchao",), quantise, outcome)
