@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,23 @@ class Options:
     propagate: str
     awq: bool = False
     share_codebooks: bool = False
+
+    @classmethod
+    def of(cls, config: AAACConfig, propagate: str | None, awq: bool, share_codebooks: bool) -> Options:
+        """The options, with `propagate` chosen by the rounding where it is None.
+
+        Raises:
+            ValueError: an unknown `propagate`.
+        """
+        if propagate not in (None, "quantized", "original"):
+            raise ValueError(f"propagate must be 'quantized' or 'original', got {propagate!r}")
+        by_rounding = "original" if config.rounding == "nearest" else "quantized"
+        return cls(config, by_rounding if propagate is None else propagate, awq, share_codebooks)
+
+    def settings(self) -> dict[str, Any]:
+        """All of them as a flat dict of plain values."""
+        own = {"propagate": self.propagate, "awq": self.awq, "share_codebooks": self.share_codebooks}
+        return {**dataclasses.asdict(self.config), "step": None, **own}
 
     @property
     def full(self) -> bool:

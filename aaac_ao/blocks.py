@@ -53,6 +53,11 @@ class CallRecord:
         self.calls: list[list[Call]] = []
         self.broken: str | None = None if blocks else "there is no list of blocks"
 
+    def handles(self) -> list:
+        """Register the hooks."""
+        before = [block.register_forward_pre_hook(self.before, with_kwargs=True) for block in self.blocks]
+        return before + [block.register_forward_hook(self.after) for block in self.blocks]
+
     def start_batch(self) -> None:
         """Begin with the next batch."""
         self._states = self._output = None

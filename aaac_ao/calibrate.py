@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.block_pass import BlockPass, Options, fold_awq, gather, means, quantise_stages
-from aaac_ao.blocks import CallRecord, Stop, find_blocks, hooks
+from aaac_ao.block_pass import BlockPass, Options, Report, fold_awq, gather, means, quantise_stages
+from aaac_ao.blocks import CallRecord, find_blocks
 from aaac_ao.config import AAACConfig
-from aaac_ao.evaluate import evaluation_mode
-from aaac_ao.first_pass import LayerRecord
-from aaac_ao.hidden import StateCache
+from aaac_ao.first_pass import (
+    Batch,
+    LayerRecord,
+    checked_batches,
+    first_pass,
+    layers_outside,
+    output_head,
+    ready_to_run,
+    report_coverage,
+    run_batch,
+)
+from aaac_ao.hidden import StateCache, hidden_directory
 from aaac_ao.moments import InputSums
 from aaac_ao.resume import RunFolder, fingerprint
 from aaac_ao.statistics import StatisticsFile, write_statistics
@@ -33,9 +40,7 @@ from aaac_ao.transform import is_left_alone, problem_with, raise_problems
 
 logger = logging.getLogger(__name__)
 
-Batch = torch.Tensor | Mapping[str, Any]
 FilterFn = Callable[[nn.Module, str], bool]
-PROPAGATIONS = ("quantized", "original")
 
 
 def calibrate_(
@@ -89,28 +94,25 @@ def calibrate_(
     """
     if (batches is None) == (statistics is None):
         raise ValueError("give either batches or a statistics file")
-    if propagate not in (None, *PROPAGATIONS):
-        raise ValueError(f"propagate must be 'quantized' or 'original', got {propagate!r}")
-    if propagate is None:
-        propagate = "original" if config.rounding == "nearest" else "quantized"
-    options = Options(config, propagate, awq, share_codebooks)
+    options = Options.of(config, propagate, awq, share_codebooks)
     layers = _layers_to_quantise(model, config, filter_fn)
     if not layers:
         return model
-    with _bar(len(layers), progress) as bar:
-        report = _reporter(bar)
+    with reporting(len(layers), progress) as report:
         if statistics is not None:
             if resume_dir is not None:
                 raise ValueError("resume_dir is of no use with a statistics file: nothing there takes long")
             _quantise_from_file(model, layers, StatisticsFile(statistics), options, report, strict)
             return model
-        batches = _checked_batches(batches)
-        settings = {**dataclasses.asdict(config), "step": None, "propagate": propagate, "awq": awq}
-        settings["share_codebooks"] = share_codebooks
-        folder = None if resume_dir is None else RunFolder(resume_dir, fingerprint(layers, batches, settings))
+        batches = checked_batches(batches)
+        folder = None
+        if resume_dir is not None:
+            rows = (row for module in layers.values() for row in (module.weight[:1], module.weight[-1:]))
+            device = next(iter(layers.values())).weight.device
+            folder = RunFolder(resume_dir, fingerprint(layers, rows, batches, options.settings(), device))
         with _prepared(model, batches, layers, cache_dir, strict) as (record, observed, blocks):
             layers = {name: module for name, module in layers.items() if observed.tokens[name]}
-            outside = _outside(layers, blocks)
+            outside = layers_outside(layers, blocks)
             _quantise_together(model, outside, observed, options, batches, report)
             block_pass = BlockPass(record, observed, layers, options, report, folder)
             for index, block in enumerate(blocks):
@@ -147,10 +149,10 @@ def collect_statistics(
         OSError: the file cannot be written.
     """
     layers = _layers_to_quantise(model, AAACConfig(format="nvfp4"), filter_fn)
-    batches = _checked_batches(batches)
+    batches = checked_batches(batches)
     with _prepared(model, batches, layers, cache_dir, strict=False) as (record, observed, blocks):
         layers = {name: module for name, module in layers.items() if observed.tokens[name]}
-        outside = _outside(layers, blocks)
+        outside = layers_outside(layers, blocks)
         config = AAACConfig(rounding="auto" if full else "nearest")
         block_pass = BlockPass(record, observed, layers, Options(config, "original"), lambda name, error: None)
         names = {module: name for name, module in layers.items()}
@@ -158,7 +160,7 @@ def collect_statistics(
         stages = [stage for part in (set(outside), *within) for stage in observed.stages_of(part)]
 
         def entries() -> Iterator[InputSums]:
-            run = lambda: [_run(model, batch) for batch in batches]  # noqa: E731
+            run = lambda: [run_batch(model, batch) for batch in batches]  # noqa: E731
             if outside:
                 yield from (sums for _, sums in gather(outside, observed.stages_of(set(outside)), full, run))
             for index, block in enumerate(tqdm(blocks, desc="collecting statistics", disable=not progress)):
@@ -171,26 +173,9 @@ def collect_statistics(
 # what to quantise
 
 
-def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    if isinstance(batches, (torch.Tensor, Mapping, str)):
-        raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in a list")
-    checked = list(batches)
-    if not checked:
-        raise ValueError("batches is empty: give at least one batch of token ids")
-    for index, batch in enumerate(checked):
-        if not isinstance(batch, (torch.Tensor, Mapping)):
-            message = f"batch {index} must be token ids (a tensor) or a mapping of keyword arguments"
-            raise TypeError(f"{message}, got {type(batch).__name__}")
-        if isinstance(batch, torch.Tensor) and batch.numel() == 0:
-            raise ValueError(f"batch {index} is empty: its shape is {list(batch.shape)}")
-        if isinstance(batch, Mapping) and not batch:
-            raise ValueError(f"batch {index} is an empty mapping")
-    return checked
-
-
 def selected_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Module]:
     """The linear layers, by name, that `filter_fn` selects; by default all but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if filter_fn is None:
         filter_fn = lambda module, name: module is not head  # noqa: E731
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
@@ -209,56 +194,20 @@ def _layers_to_quantise(model: nn.Module, config: AAACConfig, filter_fn: FilterF
     return layers
 
 
-def _outside(layers: dict[str, nn.Module], blocks: list[nn.Module]) -> dict[str, nn.Module]:
-    inside = {module for block in blocks for module in block.modules()}
-    return {name: module for name, module in layers.items() if module not in inside}
-
-
 # progress
 
 
 @contextmanager
-def _bar(total: int, progress: bool) -> Iterator[tqdm]:
+def reporting(total: int, progress: bool) -> Iterator[Report]:
+    """A progress bar over so many layers, and what to call for every layer that is encoded."""
     with tqdm(total=total, desc="quantising layers", disable=not progress, unit="layer") as bar:
-        yield bar
 
+        def report(name: str, error: float, count: int = 1) -> None:
+            logger.info("%s: relative output error %.4f", name, error)
+            bar.set_postfix_str(f"{name}, error {100 * error:.2f} %")
+            bar.update(count)
 
-def _reporter(bar: tqdm) -> Callable[[str, float, int], None]:
-    def report(name: str, error: float, count: int = 1) -> None:
-        logger.info("%s: relative output error %.4f", name, error)
-        bar.set_postfix_str(f"{name}, error {100 * error:.2f} %")
-        bar.update(count)
-
-    return report
-
-
-# running the model
-
-
-def _run(model: nn.Module, batch: Batch) -> None:
-    device = next(model.parameters()).device
-    try:
-        if isinstance(batch, torch.Tensor):
-            model(batch.to(device))
-        else:
-            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            model(**moved | ({"use_cache": False} if "use_cache" in moved else {}))
-    except Stop:
-        pass
-
-
-@contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """No key-value caches, in any part of the model; undone at the end."""
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(c): (c, c.use_cache) for c in found if getattr(c, "use_cache", None) is not None}
-    for config, _ in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, use_cache in configs.values():
-            config.use_cache = use_cache
+        yield report
 
 
 @contextmanager
@@ -266,67 +215,12 @@ def _prepared(
     model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module], cache_dir: str | Path | None, strict: bool
 ) -> Iterator[tuple[CallRecord, LayerRecord, list[nn.Module]]]:
     """The records of a first pass and the blocks to go through one by one, in a state to run the model again."""
-    with ExitStack() as stack:
-        for context in (evaluation_mode(model), _without_caches(model), torch.no_grad()):
-            stack.enter_context(context)
-        directory = None
-        if cache_dir is not None:
-            Path(cache_dir).mkdir(parents=True, exist_ok=True)
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aaac-hidden-", dir=cache_dir)))
-        record, observed = _first_pass(model, batches, layers, StateCache(directory))
-        _report_coverage(observed, layers, strict)
+    with hidden_directory(cache_dir) as directory, ready_to_run(model, layers):
+        record, observed = first_pass(model, batches, layers, StateCache(directory))
+        report_coverage(observed, layers, strict)
         if record.blocks and record.broken:
             logger.info("observing the model as a whole, because %s", record.broken)
         yield record, observed, [] if record.broken else record.blocks
-
-
-def _first_pass(
-    model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module], hidden: StateCache
-) -> tuple[CallRecord, LayerRecord]:
-    """Run all batches through the original model; record the calls of its blocks and what its layers see.
-
-    Raises:
-        ValueError: a layer whose inputs are not finite.
-    """
-    record, observed = CallRecord(find_blocks(model), hidden), LayerRecord(layers)
-    blocks_only = not _outside(layers, record.blocks)
-
-    def stop(module, args, output):
-        if blocks_only and record.broken is None and len(record.calls) > 1:
-            raise Stop  # the first batch shows whether anything follows the blocks
-
-    handles = observed.handles()
-    for block in record.blocks:
-        handles += [
-            block.register_forward_pre_hook(record.before, with_kwargs=True),
-            block.register_forward_hook(record.after),
-        ]
-    handles += [block.register_forward_hook(stop) for block in record.blocks[-1:]]
-    with hooks(handles):
-        for batch in batches:
-            record.start_batch()
-            observed.start_batch()
-            _run(model, batch)
-            record.end_batch()
-    raise_problems(observed.problems())
-    return record, observed
-
-
-def _report_coverage(observed: LayerRecord, layers: dict[str, nn.Module], strict: bool) -> None:
-    """Warn of layers that saw nothing, or fewer tokens than they have inputs."""
-    unreached = observed.unreached()
-    if unreached and (strict or len(unreached) == len(layers)):
-        raise_problems(dict.fromkeys(unreached, "no calibration batch reaches it; leave it out with filter_fn"))
-    if unreached:
-        logger.warning("no calibration batch reaches %s: left in high precision", ", ".join(unreached))
-    few = {name: n for name, n in observed.tokens.items() if 0 < n < layers[name].in_features}
-    if few:
-        name, tokens = min(few.items(), key=lambda item: item[1] / layers[item[0]].in_features)
-        logger.warning(
-            "%d layer(s) see fewer calibration tokens than they have inputs, %s the fewest: %d tokens for %d inputs; "
-            "give more batches",
-            *(len(few), name, tokens, layers[name].in_features),
-        )
 
 
 # quantising without going block by block
@@ -344,7 +238,7 @@ def _quantise_together(
     if not layers:
         return
     stages = observed.stages_of(set(layers))
-    statistics = means(gather(layers, stages, options.full, lambda: [_run(model, batch) for batch in batches]))
+    statistics = means(gather(layers, stages, options.full, lambda: [run_batch(model, batch) for batch in batches]))
     quantise_stages(layers, stages, statistics, options, report)
 
 
@@ -366,7 +260,7 @@ def _quantise_from_file(
     file.check_shapes({name: module.in_features for name, module in layers.items()})
     blocks = find_blocks(model)
     parts = [(block, [n for n, m in layers.items() if m in set(block.modules())]) for block in blocks]
-    parts.append((None, list(_outside(layers, blocks))))
+    parts.append((None, list(layers_outside(layers, blocks))))
     names_of = {module: name for name, module in layers.items()}
     with torch.no_grad():
         for block, names in parts:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+
+@contextmanager
+def hidden_directory(parent: str | Path | None) -> Iterator[Path | None]:
+    """A directory of its own under `parent`, removed at the end; None for main memory."""
+    if parent is None:
+        yield None
+        return
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="aaac-hidden-", dir=parent) as directory:
+        yield Path(directory)
 
 
 class StateCache:
@@ -41,7 +56,9 @@ class StateCache:
         if self.directory is None:
             self._held[batch] = states if states.device.type == "cpu" else states.cpu()
         else:
-            save_file({"states": states.contiguous()}, self._path(batch))
+            written = self.directory / "written.safetensors"
+            save_file({"states": states.contiguous()}, written)
+            os.replace(written, self._path(batch))  # `states` may be a view of the file that stands there
 
     def copy(self, name: str) -> StateCache:
         """A cache of its own with the same states."""

@@ -29,16 +29,28 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def fingerprint(layers: Mapping[str, nn.Module], batches: Iterable[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs must have in common to share a folder; of every weight, the first and the last row are compared."""
-    rows = (row for module in layers.values() for row in (module.weight[:1], module.weight[-1:]))
+def fingerprint(
+    names: Iterable[str],
+    rows: Iterable[torch.Tensor],
+    batches: Iterable[Any],
+    settings: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What two runs must have in common to share a folder.
+
+    Args:
+        names: of the layers.
+        rows: the first and the last row of every weight stand for all of it.
+        batches: the data.
+        settings: JSON-safe values.
+        device: where the layers are encoded.
+    """
     given: list[torch.Tensor] = []
     for batch in batches:
         items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
         given += [value for _, value in sorted(items) if isinstance(value, torch.Tensor)]
-    device = next(iter(layers.values())).weight.device.type
-    model = {"layers": list(layers), "weights": digest(rows)}
-    return {**settings, **model, "batches": digest(given), "device": device, "torch": torch.__version__}
+    model = {"layers": list(names), "weights": digest(rows)}
+    return {**settings, **model, "batches": digest(given), "device": device.type, "torch": torch.__version__}
 
 
 class RunFolder:
