@@ -25,6 +25,7 @@ class _StartUpChatter:
 with _StartUpChatter():
     from aaac_ao import tensor_ops, transform  # noqa: F401  (imported for what they register)
     from aaac_ao.calibrate import calibrate_, collect_statistics
+    from aaac_ao.calibrate_checkpoint import calibrate_checkpoint
     from aaac_ao.config import AAACConfig, aaac_config
     from aaac_ao.encode import Statistics
     from aaac_ao.integrations import torchao as _torchao
@@ -40,6 +41,7 @@ __all__ = [
     "Statistics",
     "aaac_config",
     "calibrate_",
+    "calibrate_checkpoint",
     "collect_statistics",
     "merge_statistics",
 ]

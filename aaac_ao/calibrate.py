@@ -27,7 +27,7 @@ from aaac_ao.first_pass import (
     checked_batches,
     first_pass,
     layers_outside,
-    output_head,
+    output_heads,
     ready_to_run,
     report_coverage,
     run_batch,
@@ -175,9 +175,9 @@ def collect_statistics(
 
 def selected_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Module]:
     """The linear layers, by name, that `filter_fn` selects; by default all but the output head."""
-    head = output_head(model)
+    heads = output_heads(model)
     if filter_fn is None:
-        filter_fn = lambda module, name: module is not head  # noqa: E731
+        filter_fn = lambda module, name: module not in heads  # noqa: E731
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
 
 

@@ -71,12 +71,12 @@ class LayerRecord:
         """Names of layers that saw no input vector."""
         return [name for name, tokens in self.tokens.items() if tokens == 0]
 
-    def problems(self) -> dict[str, str]:
-        """Layers whose second moments are not finite in fp32, and the first batch to blame."""
+    def problems(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Those of the layers, by default all, whose second moments leave fp32, and the first batch to blame."""
         problems = {}
-        for name, seen in self._seen.items():
+        for name in self._seen if names is None else names:
             total = 0.0
-            for batch, squares in seen:
+            for batch, squares in self._seen[name]:
                 total = total + squares
                 if not bool(torch.isfinite(squares)):
                     problems[name] = f"calibration batch {batch} gives it NaN or infinite inputs"
@@ -134,9 +134,10 @@ def run_batch(model: nn.Module, batch: Batch, device: torch.device | None = None
         pass
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The layer that gives the logits, if the model names one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [] if head is None else [head]
 
 
 @contextmanager
@@ -146,8 +147,7 @@ def ready_to_run(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Non
     def stop(module, args):
         raise Stop
 
-    head = output_head(model)
-    skipped = [] if head is None or head in layers.values() else [head]
+    skipped = [head for head in output_heads(model) if head not in layers.values()]
     with ExitStack() as stack:
         for context in (evaluation_mode(model), _without_caches(model), torch.no_grad()):
             stack.enter_context(context)

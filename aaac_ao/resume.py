@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +68,20 @@ class RunFolder:
     def __init__(self, directory: str | Path, run: Mapping[str, Any]) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        path, run = self.directory / "run.json", json.loads(json.dumps(dict(run)))
-        if path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                message = f"{path} is no record of a run; delete it or choose another resume_dir"
-                raise ValueError(message) from None
-            differing = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
-            if differing:
-                raise ValueError(
-                    f"{self.directory} holds a run that differs in {', '.join(differing)}; start from the original "
-                    "model, data and settings, or choose another resume_dir"
-                )
-        else:
-            _write(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1), encoding="utf-8"))
+        self._run = json.loads(json.dumps(dict(run)))
+        path = self.directory / "run.json"
+        if not path.exists():
+            return  # it is written with the first block: a run that fails before leaves nothing behind
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in known.keys() | self._run.keys() if known.get(key) != self._run.get(key))
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is no record of a run; delete it or choose another directory") from None
+        if differing:
+            raise ValueError(
+                f"{self.directory} holds a run that differs in {', '.join(differing)}; start from the original "
+                "model, data and settings, or choose another directory"
+            )
 
     def save(self, index: int, scales: list[torch.Tensor | None], weights: Mapping[str, torch.Tensor]) -> None:
         """Keep a finished block: the AWQ scales of its pairs and its quantised weights, by layer name.
@@ -101,7 +100,11 @@ class RunFolder:
             layers[name] = {"group_size": weight.group_size, "k_pad": weight.k_pad, "dtype": str(weight.dtype)[6:]}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"layers": json.dumps(layers), "pairs": str(len(scales))}
-        _write(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
+        record = self.directory / "run.json"
+        if not record.exists():
+            text = json.dumps(self._run, indent=1)
+            write_safely(record, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_safely(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
 
     def load(self, index: int) -> tuple[list[torch.Tensor | None], dict[str, AAACTensor]] | None:
         """The AWQ scales and weights of a finished block, or None.
@@ -130,8 +133,16 @@ class RunFolder:
         return self.directory / f"block-{index:05d}.safetensors"
 
 
-def _write(path: Path, write: Any) -> None:
-    """Write through a temporary file, so that a name never stands for half a file."""
+def write_safely(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write through a temporary file, so that a name never stands for half a file.
+
+    Args:
+        path: the file.
+        write: is called with the path of the temporary file.
+
+    Raises:
+        OSError: the file cannot be written; what was there before stays.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from aaac_ao.config import AAACConfig
 from aaac_ao.observer import ObserverTensor
@@ -58,6 +59,66 @@ def save_quantized(model: nn.Module, config: AAACConfig, directory: str | Path, 
     model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def write_config(model: nn.Module, config: AAACConfig, directory: str | Path, tokenizer: Any = None) -> None:
+    """Write all files of a checkpoint but its weights, as `save_quantized` would, the config last.
+
+    Args:
+        model: quantised; its values are not looked at and may be on the meta device.
+        config: the settings it was quantised with.
+        directory: an existing directory.
+        tokenizer: is written too if given.
+    """
+    attach_hf_quantizer(model, config)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    model.config.save_pretrained(directory)
+
+
+def empty_model(directory: str | Path, dtype: torch.dtype | None) -> nn.Module:
+    """The causal language model of a local checkpoint with its parameters on the meta device, in evaluation mode.
+
+    Buffers that the checkpoint does not hold, as rotary frequencies, have their values.
+
+    Args:
+        directory: a local checkpoint.
+        dtype: of the parameters where the checkpoint's config names none.
+
+    Raises:
+        ValueError: a config that cannot be read, a model that is quantised already, or one that keeps some parameters
+            in fp32 whatever its dtype.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised already")
+        # as accelerate's empty-weights loading does it, through a public hook of torch
+        handle = register_module_parameter_registration_hook(on_meta)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype if config.dtype is None else config.dtype)
+        finally:
+            handle.remove()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {directory}: {error}") from error
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or [])}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or [])} if model.dtype == torch.float16 else set()
+    if kept:
+        raise ValueError(f"{type(model).__name__} keeps {', '.join(sorted(kept))} in fp32: load it and use calibrate_")
+    if (Path(directory) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
 
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
