@@ -75,13 +75,20 @@ def encode_stage(
     report: Report,
     output_shifts: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Quantise layers that read the same input, with one pair of books for all of them if that is asked for."""
+    """Quantise layers that read the same input, with one pair of books for all of them if that is asked for.
+
+    Raises:
+        ValueError: statistics that cannot be used; the message names the layers.
+    """
     parts = [list(layers)] if options.share_codebooks else [[name] for name in layers]
     for names in parts:
         weights = [layers[name].weight.detach() for name in names]
         shift = None if output_shifts is None else torch.cat([output_shifts[name] for name in names])
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        encoding = encode(weight, options.config, statistics, shift)
+        try:
+            encoding = encode(weight, options.config, statistics, shift)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(names)}: {error}") from None
         report(names[-1], relative_error(encoding, weight, statistics), len(names))
         for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
             set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
@@ -278,10 +285,12 @@ class BlockPass:
         base_shift = {name: torch.zeros(layers[name].out_features, k, device=device) for name in names if name in bases}
         sites = {first, *(bases[name] for name in base_shift)}
         until = None if names[0] in self.observed.repeated else first
+        finite = []
         for batch in range(len(self.original)):
             now = captured_inputs(lambda: self._call(self.quantised, batch, index, block), sites, until)  # noqa: B023
             for x in now[first]:
                 sums.add(x)
+            finite.append(torch.isfinite(sums.squares.sum()))
             if not compare:
                 continue
             with weights_of(self.layers, originals):
@@ -297,6 +306,12 @@ class BlockPass:
                     total.addmm_(moved.flatten(0, -2).t(), x)
         if int(sums.tokens) == 0:
             return None
+        if not bool(finite[-1]):
+            bad = [bool(good) for good in finite].index(False)
+            raise ValueError(
+                f"{', '.join(names)}: after the layers before it were quantised, calibration batch {bad} gives it NaN, "
+                "infinite or huge inputs; this block is as it was"
+            )
         statistics = sums.statistics()
         if not compare:
             return statistics, None

@@ -95,40 +95,88 @@ def quantize(
     resume_dir: Annotated[
         Path | None, typer.Option(help="Keep finished blocks here; the same command goes on after an interruption.")
     ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep hidden states in files here, not in memory.")] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(
+            help="Work from the files of a local model, with one block of it in memory, and resume from --out by "
+            "itself. Default: if the model is larger than the free memory.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Quantise a causal language model and write it as a transformers checkpoint."""
     from torchao.quantization import quantize_
     from transformers import AutoTokenizer
 
-    from aaac_ao import AAACConfig, calibrate_
+    from aaac_ao import AAACConfig, calibrate_, calibrate_checkpoint
     from aaac_ao.calibrate import selected_layers
     from aaac_ao.evaluate import windows_of
     from aaac_ao.integrations.transformers import load_model, save_quantized
 
     config = AAACConfig(format=format, group_size=group_size, codebooks=codebooks, rounding=rounding)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    from_disk = _is_larger_than_memory(model) if low_memory is None else low_memory
+    if not from_disk and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
     texts = [path.read_text(encoding="utf-8") for path in calibration or []]
-    options = {"propagate": propagate, "awq": awq, "share_codebooks": share_codebooks, "resume_dir": resume_dir}
+    options = {"propagate": propagate, "awq": awq, "share_codebooks": share_codebooks, "cache_dir": cache_dir}
+    options |= {} if from_disk else {"resume_dir": resume_dir}
     if not texts and any(options.values()):
         given = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
         raise ValueError(f"{given} needs data: give --calibration FILE")
+    if from_disk and not Path(model).is_dir():
+        raise FileNotFoundError(f"--low-memory: {model} is not a local directory; download the model first")
+    if from_disk and resume_dir is not None:
+        raise ValueError("--resume-dir is not needed with --low-memory: the same command goes on from --out")
     _check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = load_model(model).to(device)
-    layers = selected_layers(loaded)
-    if not layers:
-        raise ValueError(f"{model} has no nn.Linear besides its output head (GPT-2's Conv1D is not supported)")
+    batches = None
     if texts:
         ids = _token_ids(tokenizer, "\n\n".join(texts))
         batches = windows_of(ids, min(window, len(ids)), windows).split(8)
-        calibrate_(loaded, config, batches, **options)
+    if from_disk:
+        quantised = calibrate_checkpoint(model, config, batches, out, device=device, tokenizer=tokenizer, **options)
     else:
-        quantize_(loaded, config, lambda module, name: name in layers)
-    save_quantized(loaded, config, out, tokenizer)
-    typer.echo(f"wrote {out}: {_size_line(loaded)}")
-    _explain_what_is_left(loaded, config)
+        quantised = load_model(model).to(device)
+        layers = selected_layers(quantised)
+        if not layers:
+            raise ValueError(f"{model} has no nn.Linear besides its output head (GPT-2's Conv1D is not supported)")
+        if batches is not None:
+            calibrate_(quantised, config, batches, **options)
+        else:
+            quantize_(quantised, config, lambda module, name: name in layers)
+        save_quantized(quantised, config, out, tokenizer)
+    typer.echo(f"wrote {out}: {_size_line(quantised)}")
+    _explain_what_is_left(quantised, config)
+
+
+def _is_larger_than_memory(model: str) -> bool:
+    """Whether the files of a local model are larger than the free memory; says so if they are."""
+    size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    free = _free_memory()
+    if free is None or size <= free:
+        return False
+    typer.echo(
+        f"{model} has {size / 1e9:.1f} GB of weights and {free / 1e9:.1f} GB of memory are free: working from its "
+        "files, block by block (--no-low-memory loads it instead)",
+        err=True,
+    )
+    return True
+
+
+def _free_memory() -> int | None:
+    """Bytes of main memory that can be had, within the limits of a container; None where Linux does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no limit
+        return free
 
 
 def _explain_what_is_left(model: torch.nn.Module, config: Any) -> None:

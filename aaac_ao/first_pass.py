@@ -79,7 +79,7 @@ class LayerRecord:
             for batch, squares in self._seen[name]:
                 total = total + squares
                 if not bool(torch.isfinite(squares)):
-                    problems[name] = f"calibration batch {batch} gives it NaN or infinite inputs"
+                    problems[name] = f"calibration batch {batch} gives it NaN, infinite or huge inputs"
                     break
                 if not bool(torch.isfinite(total)):
                     problems[name] = f"the squares of its inputs leave the range of fp32 by calibration batch {batch}"

@@ -1,6 +1,7 @@
 """`calibrate_` over interruptions, files and processes: the same bits, or a clear refusal."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_a_full_disk_is_an_error_and_leaves_a_whole_model(tiny_llama, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000.safetensors", "run.json"]
     expected = calibrate_(copy.deepcopy(original), CONFIG, batches, progress=False)
     assert same_model(calibrate_(original, CONFIG, batches, progress=False, resume_dir=tmp_path), expected)
+
+
+def test_inputs_that_break_on_the_way_name_layer_and_batch(tiny_llama, monkeypatch):
+    model, batches, calls = tiny_llama(), ids(), []
+    original = block_pass.encode
+
+    def breaking(*args):
+        calls.append(args)
+        encoding = original(*args)
+        return dataclasses.replace(encoding, scale=encoding.scale * 0 + 2e38) if len(calls) == 11 else encoding
+
+    monkeypatch.setattr(block_pass, "encode", breaking)
+    message = r"layers\.1\.mlp\.gate_proj, model\.layers\.1\.mlp\.up_proj: after .* calibration batch 0 gives it NaN"
+    with pytest.raises(ValueError, match=message):
+        calibrate_(model, CONFIG, batches, progress=False)
+    assert len(quantised(model)) == 7  # the first block; the second is as it was
+    assert torch.isfinite(model(batches[0]).logits).all()
 
 
 def test_hidden_states_on_disk_change_nothing(tiny_llama, tmp_path):

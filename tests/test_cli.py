@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from aaac_ao import AAACTensor
+from aaac_ao import AAACTensor, cli
 from aaac_ao.cli import app
 from aaac_ao.integrations.transformers import load_model
 
@@ -59,6 +59,26 @@ def test_quantize_evaluate_generate(model_directory, text, tmp_path, calibrated)
     assert "KL to reference 0.0" in output
     output = succeed("generate", out, "--prompt", "w3 w5 w7", "--new-tokens", 5, "--no-compile")
     assert "w3 w5 w7 w" in output
+
+
+def test_models_larger_than_memory_are_worked_on_from_their_files(model_directory, text, tmp_path, monkeypatch):
+    command = ("quantize", model_directory, "--calibration", text, "--window", 32, "--format", "nvfp4", "--out")
+    output = succeed(*command, tmp_path / "loaded")
+    assert "low-memory" not in output
+    expected = load_model(tmp_path / "loaded").state_dict()
+    monkeypatch.setattr(cli, "_free_memory", lambda: 1000)
+    output = succeed(*command, tmp_path / "automatic")
+    assert "0.0 GB of memory are free: working from its files, block by block (--no-low-memory" in output
+    assert re.search(r"14 of 15 linear layers at 4\.\d+ bits", output)
+    succeed(*command, tmp_path / "asked", "--low-memory", "--cache-dir", tmp_path)
+    for name in ("automatic", "asked"):
+        found = load_model(tmp_path / name).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+        assert (tmp_path / name / "tokenizer.json").exists()
+    assert "not needed with --low-memory" in fail(*command, tmp_path / "c", "--low-memory", "--resume-dir", tmp_path)
+    assert "neither empty nor an unfinished run" in fail(*command, tmp_path / "asked", "--low-memory")
+    assert "not a local directory" in fail("quantize", "a/b", "--out", tmp_path / "d", "--low-memory")
 
 
 def test_calibration_changes_the_result(model_directory, text, tmp_path):
