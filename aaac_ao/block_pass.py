@@ -71,20 +71,21 @@ class Options:
 def encode_stage(
     layers: Mapping[str, nn.Module],
     statistics: Statistics,
+    shifts: OutputShifts | None,
     options: Options,
     report: Report,
-    output_shifts: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Quantise layers that read the same input, with one pair of books for all of them if that is asked for.
 
     Raises:
         ValueError: statistics that cannot be used; the message names the layers.
     """
-    parts = [list(layers)] if options.share_codebooks else [[name] for name in layers]
-    for names in parts:
+    fused = [list(layers)] if options.share_codebooks else [[name] for name in layers]
+    for names in fused:
         weights = [layers[name].weight.detach() for name in names]
-        shift = None if output_shifts is None else torch.cat([output_shifts[name] for name in names])
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        parts = [] if shifts is None else [shifts.take(*pair) for pair in zip(names, weights, strict=True)]
+        shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
         try:
             encoding = encode(weight, options.config, statistics, shift)
         except ValueError as error:
@@ -92,6 +93,31 @@ def encode_stage(
         report(names[-1], relative_error(encoding, weight, statistics), len(names))
         for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
             set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
+
+
+class OutputShifts:
+    """How far the outputs y of layers with one input x should move: E[(y' - y) x^T] of each, computed when taken.
+
+    Args:
+        shift: [K, K], the sum of (x' - x) x^T, with x' the input in the original model.
+        base_shifts: [N, K] by layer name, the same for the residual streams that outputs are added to.
+        tokens: number of input vectors in the sums.
+        names: of the layers.
+    """
+
+    def __init__(
+        self, shift: torch.Tensor, base_shifts: dict[str, torch.Tensor], tokens: int, names: Sequence[str]
+    ) -> None:
+        self._shift, self._base_shifts, self._tokens, self._left = shift, base_shifts, tokens, set(names)
+
+    def take(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The [N, K] fp32 matrix of a layer with this weight, once; the sums go with the last layer."""
+        shift = weight.detach().float() @ self._shift
+        self._left.remove(name)
+        if not self._left:
+            self._shift = None
+        base = self._base_shifts.pop(name, None)
+        return (shift if base is None else shift.add_(base)).div_(self._tokens)
 
 
 def relative_error(encoding: Encoding, weight: torch.Tensor, statistics: Statistics) -> float:
@@ -151,7 +177,7 @@ def means(gathered: list[tuple[list[str], InputSums]]) -> dict[str, Statistics]:
     found: dict[str, Statistics] = {}
     for stage, sums in gathered:
         if int(sums.tokens):
-            found.update(dict.fromkeys(stage, sums.statistics()))
+            found.update(dict.fromkeys(stage, sums.statistics(in_place=True)))
     return found
 
 
@@ -261,7 +287,8 @@ class BlockPass:
             if found is None:
                 logger.warning("%s: no calibration token reaches it any more; left as it is", ", ".join(stage))
                 continue
-            encode_stage(layers, found[0], self.options, self.report, found[1])
+            encode_stage(layers, *found, self.options, self.report)
+            del found
             self._changed = True
         return scales
 
@@ -272,7 +299,7 @@ class BlockPass:
         layers: dict[str, nn.Module],
         originals: dict[str, nn.Parameter],
         bases: dict[str, nn.Module],
-    ) -> tuple[Statistics, dict[str, torch.Tensor] | None] | None:
+    ) -> tuple[Statistics, OutputShifts | None] | None:
         """Statistics of a stage in the quantised stream, and how far its layers' outputs should move.
 
         None if nothing reaches it. The second part is None where the streams do not differ or cannot be compared.
@@ -312,14 +339,8 @@ class BlockPass:
                 f"{', '.join(names)}: after the layers before it were quantised, calibration batch {bad} gives it NaN, "
                 "infinite or huge inputs; this block is as it was"
             )
-        statistics = sums.statistics()
-        if not compare:
-            return statistics, None
-        output_shifts = {}
-        for name, module in layers.items():
-            output_shifts[name] = module.weight.detach().float() @ shift + base_shift.get(name, 0)
-            output_shifts[name] /= statistics.tokens
-        return statistics, output_shifts
+        statistics = sums.statistics(in_place=True)
+        return statistics, OutputShifts(shift, base_shift, statistics.tokens, names) if compare else None
 
     def _restore(
         self,
@@ -348,11 +369,13 @@ class BlockPass:
 def quantise_stages(
     layers: Mapping[str, nn.Module],
     stages: list[list[str]],
-    statistics: Mapping[str, Statistics],
+    statistics: dict[str, Statistics],
     options: Options,
     report: Report,
 ) -> None:
-    """Encode all stages for which there are statistics."""
+    """Encode all stages for which there are statistics; these are taken out and gone as soon as they are used."""
     for stage in stages:
         if stage[0] in statistics:
-            encode_stage({name: layers[name] for name in stage}, statistics[stage[0]], options, report)
+            encode_stage({name: layers[name] for name in stage}, statistics[stage[0]], None, options, report)
+            for name in stage:
+                del statistics[name]

@@ -40,8 +40,8 @@ class InputSums:
             x = x.float()
             self.hessian.addmm_(x.t(), x)
 
-    def statistics(self) -> Statistics:
-        """The means.
+    def statistics(self, in_place: bool = False) -> Statistics:
+        """The means; `in_place` turns the sums into them, which saves a second matrix.
 
         Raises:
             ValueError: no input was seen.
@@ -51,4 +51,7 @@ class InputSums:
             raise ValueError(
                 "0 batches seen: run calibration batches through the model between 'prepare' and 'convert'"
             )
-        return Statistics(self.squares / tokens, tokens, None if self.hessian is None else self.hessian / tokens)
+        hessian = self.hessian
+        if hessian is not None:
+            hessian = hessian.div_(tokens) if in_place else hessian / tokens
+        return Statistics(self.squares / tokens, tokens, hessian)

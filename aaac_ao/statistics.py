@@ -64,7 +64,7 @@ class StatisticsFile:
             if entry is None:
                 continue
             if entry not in loaded:
-                means = self.sums(entry).statistics()
+                means = self.sums(entry).statistics(in_place=True)
                 hessian = None if means.hessian is None else means.hessian.to(device)
                 loaded[entry] = Statistics(means.second_moment.to(device), means.tokens, hessian)
                 parts = [loaded[entry].second_moment] + ([] if hessian is None else [hessian])

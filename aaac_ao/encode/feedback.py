@@ -61,18 +61,26 @@ class Grid:
 
     def index(self, codes: torch.Tensor) -> torch.Tensor:
         """Where the entries of codes [K, N] stand among the 32 of both books."""
-        return codes.long() + 16 * self._of_columns(self.book, len(codes))
+        return codes.long() + 16 * _of_columns(self.book, len(codes), self.group_size)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """[K, N] values of codes [K, N]."""
-        return self.entries[self.index(codes)] * self.column_scales(len(codes))
+        values = torch.empty(codes.shape, device=codes.device)
+        for start in range(0, len(codes), BLOCK_COLUMNS):  # indices take four times the memory of values
+            block, groups = codes[start : start + BLOCK_COLUMNS], slice(start // self.group_size, None)
+            index = block.long() + 16 * _of_columns(self.book[groups], len(block), self.group_size)
+            scale = _of_columns(self.scale[groups], len(block), self.group_size)
+            torch.mul(self.entries[index], scale, out=values[start : start + BLOCK_COLUMNS])
+        return values
 
     def column_scales(self, columns: int) -> torch.Tensor:
         """[K, N] the scale of every weight."""
-        return self._of_columns(self.scale, columns)
+        return _of_columns(self.scale, columns, self.group_size)
 
-    def _of_columns(self, of_groups: torch.Tensor, columns: int) -> torch.Tensor:
-        return of_groups.repeat_interleave(self.group_size, dim=0)[:columns]
+
+def _of_columns(of_groups: torch.Tensor, columns: int, group_size: int) -> torch.Tensor:
+    groups = -(-columns // group_size)
+    return of_groups[:groups].repeat_interleave(group_size, dim=0)[:columns]
 
 
 def feedback(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -124,30 +132,49 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torc
 def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [N], of weights [K, N]."""
     error = weight - quantised
-    return ((hessian @ error).double() * error.double()).sum(0)
+    pulled, total = hessian @ error, torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for start in range(0, len(error), BLOCK_COLUMNS):
+        block = slice(start, start + BLOCK_COLUMNS)
+        total += (pulled[block].double() * error[block].double()).sum(0)
+    return total
 
 
 def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
     """H plus `share` of its mean diagonal on the diagonal; the identity for a layer that saw only zeros."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    added = torch.where(mean > 0, share * mean, torch.ones_like(mean))
-    return hessian + torch.diag_embed(added.expand_as(diagonal))
+    damped = hessian.clone()
+    mean = hessian.diagonal().mean()
+    damped.diagonal().add_(torch.where(mean > 0, share * mean, torch.ones_like(mean)))
+    return damped
 
 
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse; in fp64 and with more damping where fp32 is not enough.
+def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of H, damped by `share`, with rows and columns in `order`.
+
+    In fp64, and with more damping, where fp32 is not enough. Holds no more than two matrices besides H at a time.
 
     Raises:
         ValueError: H cannot be factorised, however much it is damped.
     """
     for attempt in range(5):
-        matrix = hessian if attempt == 0 else damp(hessian, DAMPING * 10.0 ** (attempt - 2))
         for dtype in (torch.float32, torch.float64):
-            lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
-            if not bool(failed):
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
+            more = 0.0 if attempt == 0 else DAMPING * 10.0 ** (attempt - 2)
+            upper = _factor_of_inverse([_permuted(damp(hessian, share + more), order).to(dtype)])
+            if upper is not None:
                 return upper.float()
         logger.warning("a Hessian of %d inputs could not be factorised: damping it more", len(hessian))
     raise ValueError(f"the Hessian of {len(hessian)} inputs cannot be factorised; check the calibration batches")
+
+
+def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return matrix[order[:, None], order]
+
+
+def _factor_of_inverse(matrices: list[torch.Tensor]) -> torch.Tensor | None:
+    """The upper factor for the matrix in the list, which is taken from there and freed early; None if it fails."""
+    lower, failed = torch.linalg.cholesky_ex(matrices.pop())
+    if bool(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if bool(failed) or not bool(torch.isfinite(upper).all()) else upper

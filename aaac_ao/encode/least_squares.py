@@ -32,8 +32,9 @@ class BookFit:
         """Add every `stride`-th row of weights and codes [K, N]."""
         columns = len(weight)
         rows = torch.arange(0, weight.shape[1], stride, device=weight.device)
+        indices, scales = grid.index(codes), grid.column_scales(columns)
         for part in rows.split(max(1, _CHUNK_WEIGHTS // columns)):
-            index, scale = grid.index(codes)[:, part], grid.column_scales(columns)[:, part]
+            index, scale = indices[:, part], scales[:, part]
             error = grid.entries[index] * scale - weight[:, part]
             placed = torch.zeros(columns, len(part), 32, device=weight.device)
             placed.scatter_(2, index[..., None], scale[..., None])

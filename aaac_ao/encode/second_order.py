@@ -45,9 +45,9 @@ class SecondOrder:
 
     def __init__(self, hessian: torch.Tensor) -> None:
         self.hessian = hessian
-        self.damped = damp(hessian, DAMPING)
         self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self.factor = inverse_factor(self.damped[self.order][:, self.order])
+        self.factor = inverse_factor(hessian, self.order)
+        self.damped = damp(hessian, DAMPING)
         remaining = torch.empty_like(self.factor.diagonal())
         remaining[self.order] = self.factor.diagonal().square().reciprocal()
         self.importance = (remaining * self.damped.diagonal()).sqrt()
@@ -67,7 +67,9 @@ class SecondOrder:
             return weight
         # with columns in `order`, H^-1 = U^T U
         corrected = weight.clone()
-        corrected[:, self.order] += CORRECTION * (output_shift[:, self.order] @ self.factor.t() @ self.factor)
+        for rows in _chunks(weight):
+            move = CORRECTION * (output_shift[rows][:, self.order] @ self.factor.t() @ self.factor)
+            corrected[rows].index_add_(1, self.order, move)
         return corrected
 
     def refine(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> tuple[Encoding, torch.Tensor]:
