@@ -29,6 +29,7 @@ with _StartUpChatter():
     from aaac_ao.config import AAACConfig, aaac_config
     from aaac_ao.encode import Statistics
     from aaac_ao.integrations import torchao as _torchao
+    from aaac_ao.ops import cpu_mode
     from aaac_ao.statistics import merge_statistics
     from aaac_ao.tensor import AAACTensor
 
@@ -43,5 +44,6 @@ __all__ = [
     "calibrate_",
     "calibrate_checkpoint",
     "collect_statistics",
+    "cpu_mode",
     "merge_statistics",
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensor_oracle import BOTH
 
-import aaac_ao  # noqa: F401  (first, so that its import is what every test sees)
+import aaac_ao  # (first, so that its import is what every test sees)
 
 torch.set_num_threads(1)  # the tensors here are tiny: threads would only wait for each other
 
@@ -18,6 +18,13 @@ def seed(request):
     request.node.add_report_section("setup", "seed", f"AAAC_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def exact():
+    """The CPU kernel in fp32, for tests with the tolerance of fp32."""
+    with aaac_ao.cpu_mode("exact"):
+        yield
 
 
 @pytest.fixture(params=BOTH, ids=lambda kind: kind[0])

@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from aaac_ao import ops
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 LEADING = [(), (1,), (3,), (2, 5), (0,), (2, 0, 3)]
 
 

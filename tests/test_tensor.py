@@ -25,6 +25,8 @@ from aaac_ao import AAACConfig, AAACTensor
 
 # construction and reading
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("fmt", "group_size"), KINDS)

@@ -16,6 +16,8 @@ from aaac_ao import AAACTensor
 
 # views
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 def test_transposes(kind):
     w = sample(37, 172, *kind).tensor()

@@ -1,0 +1,228 @@
+"""The CPU kernel: a shared library in C, compiled when the package is installed, and its binding.
+
+It runs on the stored tiles, so a weight exists once. Three paths (AVX-512, AVX2, plain C) share one interface; the best one
+that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the environment asks for less: "avx2",
+"plain", or "none" to do without the library.
+
+Sizes, dtypes and strides are checked here, before a pointer leaves Python. The calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Arithmetic of `linear`: fp32; 16-bit integers for inputs and books; 7 or 8 bits for inputs and 8 for books.
+MODES = ("exact", "int16", "int8")
+#: Instruction sets in the order of the library; each machine has those up to its best.
+ISAS = ("plain", "avx2", "avx512")
+GROUP_SIZES = (16, 32)  # and all multiples of 64
+
+#: Most tokens for which `linear` beats decoding to fp32 and a matrix product, by instruction set and mode.
+MOST_TOKENS = {
+    "plain": {"exact": 1, "int16": 1, "int8": 1},
+    "avx2": {"exact": 8, "int16": 64, "int8": 64},
+    "avx512": {"exact": 8, "int16": 64, "int8": 64},
+}
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SCALE_TYPES = {torch.bfloat16: 0, torch.float8_e4m3fn: 1}
+_WEIGHT = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+_WEIGHT += [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+_X = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library with its signatures, or None after one warning."""
+    if os.environ.get("AAAC_CPU_ISA") == "none":
+        return None
+    try:
+        path = next(Path(__file__).parent.glob("_linear*.so"))
+        library = ctypes.CDLL(str(path))
+    except (StopIteration, OSError) as error:
+        reason = "is missing" if isinstance(error, StopIteration) else f"cannot be loaded ({error})"
+        logger.warning(
+            "the CPU kernel of aaac_ao %s: linear layers on the CPU decode their weights at every call, which is up to a "
+            "hundred times slower. Install a C compiler (gcc or clang), then reinstall aaac_ao: "
+            "pip install --force-reinstall --no-deps aaac_ao (or -e . in its repository)",
+            reason,
+        )
+        return None
+    library.aaac_linear.argtypes = [ctypes.c_int] * 3 + _X + _WEIGHT + [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    library.aaac_dequantize.argtypes = [ctypes.c_int] * 2 + _WEIGHT + [ctypes.c_void_p]
+    return library
+
+
+@functools.cache
+def best_isa() -> str | None:
+    """The instruction set in use: the machine's best, or less if `AAAC_CPU_ISA` says so; None without the library.
+
+    Raises:
+        ValueError: `AAAC_CPU_ISA` names none, or one that this machine lacks.
+    """
+    wanted = os.environ.get("AAAC_CPU_ISA")
+    if wanted not in (None, "", "none", *ISAS):
+        raise ValueError(f"AAAC_CPU_ISA must be one of {', '.join(ISAS)} or none, got {wanted!r}")
+    library = _library()
+    if library is None:
+        return None
+    best = ISAS[library.aaac_best_isa()]
+    if wanted and ISAS.index(wanted) > ISAS.index(best):
+        raise ValueError(f"AAAC_CPU_ISA is {wanted}, but this machine has no more than {best}")
+    return wanted or best
+
+
+def supports(scale: torch.Tensor, group_size: int) -> bool:
+    """Whether the kernel is there and takes weights with these scales and groups."""
+    known = group_size in GROUP_SIZES or (group_size > 0 and group_size % 64 == 0)
+    return known and scale.dtype in _SCALE_TYPES and best_isa() is not None
+
+
+def most_tokens(mode: str) -> int:
+    """Up to how many tokens `linear` should be used in a mode; the library must be there."""
+    return MOST_TOKENS[best_isa()][mode]
+
+
+def linear(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+    mode: str = "int16",
+    isa: str | None = None,
+) -> torch.Tensor:
+    """Return x @ w.T + bias for a stored weight w [N, K].
+
+    Args:
+        x: [M, K], fp32 or bf16.
+        qdata: packed codes, uint8 [ceil(N / 16), ceil(K / 64) * 512]; rows may be strided.
+        scale: signed scales [N, ceil(K / group_size)], bf16 or float8_e4m3fn; rows may be strided.
+        codebooks: bf16 [2, 16].
+        per_tensor_scale: fp32, one number, or None.
+        group_size: weights per scale along K; 16, 32 or a multiple of 64.
+        bias: [N], any float dtype, or None.
+        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits and the books to 14, "int8" the inputs to 8 bits
+            (7 with AVX2) and the books to 8. Tokens that are not finite or tiny are computed in fp32 in every mode.
+        isa: one of `ISAS`; None: the best.
+
+    Returns:
+        y [M, N] in x's dtype, contiguous. The same bits for any number of threads.
+
+    Raises:
+        ValueError: a dtype, shape or stride the kernel does not take, an unknown mode, or no such instruction set.
+    """
+    if x.dim() != 2 or x.dtype not in _TYPES:
+        raise ValueError(f"x must be 2-D fp32 or bf16, got {x.dim()}-D {x.dtype}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    tokens, in_features = x.shape
+    # kept in a variable: what `contiguous` makes must outlive the call
+    weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
+    out_features = scale.shape[0]
+    if bias is not None:
+        if tuple(bias.shape) != (out_features,) or bias.is_cpu is False:
+            raise ValueError(f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}")
+        bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
+    x = x if x.stride(1) == 1 and x.stride(0) >= 0 and _aligned(x) else x.contiguous().clone()
+    y = x.new_empty(tokens, out_features)
+    if y.numel() == 0:
+        return y
+    status = _library().aaac_linear(
+        _isa_index(isa),
+        MODES.index(mode),
+        torch.get_num_threads(),
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        x.stride(0),
+        tokens,
+        *_pointers(weight, group_size, in_features),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else _TYPES[bias.dtype],
+        y.data_ptr(),
+    )
+    _check_status(status)
+    return y
+
+
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+    in_features: int,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """The stored weight as fp32 [N, in_features]; arguments and errors as for `linear`."""
+    weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
+    w = torch.empty(scale.shape[0], in_features)
+    if w.numel() == 0:
+        return w
+    arguments = _pointers(weight, group_size, in_features)
+    _check_status(_library().aaac_dequantize(_isa_index(isa), torch.get_num_threads(), *arguments, w.data_ptr()))
+    return w
+
+
+def _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) -> tuple:
+    """The parts, with strides that the library takes; rejects whatever would make it read outside of them."""
+    if not supports(scale, group_size):
+        raise ValueError(f"no CPU kernel for {scale.dtype} scales with group_size {group_size} (library: {best_isa()})")
+    rows, row_bytes = -(-scale.shape[0] // 16), -(-in_features // 64) * 512
+    if qdata.dtype != torch.uint8 or tuple(qdata.shape) != (rows, row_bytes):
+        raise ValueError(f"qdata must be uint8 [{rows}, {row_bytes}], got {qdata.dtype} {list(qdata.shape)}")
+    if scale.dim() != 2 or scale.shape[1] != -(-in_features // group_size):
+        raise ValueError(f"scale must be [N, {-(-in_features // group_size)}], got {list(scale.shape)}")
+    if codebooks.dtype != torch.bfloat16 or tuple(codebooks.shape) != (2, 16):
+        raise ValueError(f"codebooks must be bf16 [2, 16], got {codebooks.dtype} {list(codebooks.shape)}")
+    if per_tensor_scale is not None and (per_tensor_scale.dtype != torch.float32 or per_tensor_scale.numel() != 1):
+        raise ValueError(
+            f"per_tensor_scale must be one fp32 number, got {per_tensor_scale.dtype} {list(per_tensor_scale.shape)}"
+        )
+    parts = (qdata, scale, codebooks, per_tensor_scale)
+    if not all(part is None or part.is_cpu for part in parts):
+        raise ValueError(f"all parts must be on the CPU, got {[str(p.device) for p in parts if p is not None]}")
+    qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
+    scale = scale if scale.stride(1) == 1 and _aligned(scale) else scale.contiguous().clone()
+    return qdata, scale, codebooks.contiguous(), per_tensor_scale
+
+
+def _pointers(weight: tuple, group_size: int, in_features: int) -> tuple:
+    qdata, scale, codebooks, per_tensor_scale = weight
+    return (
+        qdata.data_ptr(),
+        qdata.stride(0),
+        scale.data_ptr(),
+        scale.stride(0) * scale.element_size(),
+        _SCALE_TYPES[scale.dtype],
+        codebooks.data_ptr(),
+        None if per_tensor_scale is None else per_tensor_scale.data_ptr(),
+        group_size,
+        scale.shape[0],
+        in_features,
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _isa_index(isa: str | None) -> int:
+    return ISAS.index(best_isa() if isa is None else isa)
+
+
+def _check_status(status: int) -> None:
+    if status == -1:
+        raise MemoryError("the CPU kernel got no memory for its packed inputs")
+    if status != 0:
+        raise ValueError("this machine does not have the instruction set that was asked for")
