@@ -55,25 +55,22 @@ class ScaleFormat:
         code = (scale / per_tensor_scale).clamp(E4M3_MIN, E4M3_MAX).to(self.scale_dtype).float()
         return torch.where(scale > 0, code * per_tensor_scale, torch.zeros_like(scale))
 
-    def candidates(self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> list[torch.Tensor]:
-        """Storable scales from about 0.6 to 1.5 of `scale`, for a joint search of scale and book."""
+    def neighbours(
+        self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None, count: int, step: float
+    ) -> torch.Tensor:
+        """Storable scales around storable ones, [2 * count + 1, ...]: in steps of a share, or of E4M3's codes."""
+        offsets = range(-count, count + 1)
         if per_tensor_scale is None:
-            return [self.round(scale * factor, None) for factor in SCALE_FACTORS]
+            return torch.stack([self.round(scale * (1 + step * offset), None) for offset in offsets])
         # consecutive E4M3 codes are consecutive integers of their bit patterns
         code = (scale / per_tensor_scale).to(self.scale_dtype).view(torch.uint8).int()
-        shifted = [(code + offset).clamp(1, 126).to(torch.uint8).view(self.scale_dtype) for offset in E4M3_OFFSETS]
-        return [torch.where(scale > 0, s.float() * per_tensor_scale, torch.zeros_like(scale)) for s in shifted]
+        codes = torch.stack([(code + offset).clamp(1, 126) for offset in offsets]).to(torch.uint8)
+        return (codes.view(self.scale_dtype).float() * per_tensor_scale).mul_(scale > 0)
 
     def store(self, scale: torch.Tensor, selector: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> torch.Tensor:
         """Stored signed scales from rounded positive scales (fp32) and selectors (bool), both [N, groups]."""
         code = scale if per_tensor_scale is None else scale / per_tensor_scale
         return torch.where(selector, -code, code).to(self.scale_dtype)
-
-
-#: Factors tried around a bf16 group scale: 0.7 to 1.2 of the start.
-SCALE_FACTORS = tuple(0.7 + 0.025 * step for step in range(21))
-#: Neighbouring E4M3 codes tried around a group scale (6 to 12 % apart).
-E4M3_OFFSETS = tuple(range(-6, 5))
 
 
 def load_scale(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

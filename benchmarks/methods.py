@@ -31,6 +31,11 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC nearest", {"rounding": "nearest"}, {}),
     ("AAAC nearest + awq", {"rounding": "nearest"}, {"awq": True}),
     ("AAAC gptq, original inputs", {"rounding": "gptq"}, {"propagate": "original"}),
+    (
+        "AAAC gptq, original inputs, shared books",
+        {"rounding": "gptq"},
+        {"propagate": "original", "share_codebooks": True},
+    ),
     ("AAAC gptq", {"rounding": "gptq"}, {"propagate": "quantized"}),
     ("AAAC gptq + awq", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}),
 )

@@ -61,7 +61,7 @@ def test_e4m3_saturates():
 def test_zero_stays_zero(fmt):
     zero, pts = torch.zeros(3, 2), fmt.per_tensor_scale(torch.tensor(5.0), 6.0)
     assert not fmt.round(zero, pts).any()
-    assert not torch.stack(fmt.candidates(zero, pts)).any()
+    assert not fmt.neighbours(zero, pts, 3, 0.02).any()
     magnitude, selector = load_scale(fmt.store(zero, torch.ones(3, 2, dtype=torch.bool), pts))
     assert not magnitude.any()
     assert selector.all()
@@ -99,24 +99,23 @@ def test_selector_is_the_sign_bit(dtype):
     assert load_scale(stored)[0].tolist() == [0, 0, 1.5, 1.5, 448, 448, 2.0**-9, 2.0**-9]
 
 
-def test_bf16_candidates_are_storable_and_near():
+def test_bf16_neighbours_are_storable_and_near():
     scale = INT4.round(random_scales(50), None)
-    candidates = torch.stack(INT4.candidates(scale, None))
-    assert torch.isin(candidates.double(), POSITIVE_BF16).all()
-    ratio = candidates / scale
-    assert ratio.min() > 0.69
-    assert ratio.max() < 1.21
-    assert (ratio == 1).any(0).all()
+    neighbours = INT4.neighbours(scale, None, 4, 0.03)
+    assert torch.isin(neighbours.double(), POSITIVE_BF16).all()
+    steps = torch.arange(-4, 5)[:, None]
+    assert ((neighbours / scale - 1 - 0.03 * steps).abs() < 1.13 * 2**-8).all()
+    assert torch.equal(neighbours[4], scale)
 
 
-def test_e4m3_candidates_are_the_neighbouring_codes():
+def test_e4m3_neighbours_are_the_codes_beside():
     pts = tensor_scale()
     scale = POSITIVE_E4M3.float() * pts
-    candidates = torch.stack(NVFP4.candidates(scale, pts)).double() / pts.double()
+    neighbours = NVFP4.neighbours(scale, pts, 3, 0.02).double() / pts.double()
     for i in range(126):
-        tried = nearest_of(candidates[:, i], POSITIVE_E4M3)
-        torch.testing.assert_close(candidates[:, i], tried, rtol=1e-6, atol=0)
-        assert set(tried.tolist()) == set(POSITIVE_E4M3[max(0, i - 6) : i + 5].tolist())
+        tried = nearest_of(neighbours[:, i], POSITIVE_E4M3)
+        torch.testing.assert_close(neighbours[:, i], tried, rtol=1e-6, atol=0)
+        assert set(tried.tolist()) == set(POSITIVE_E4M3[max(0, i - 3) : i + 4].tolist())
 
 
 @pytest.mark.parametrize("largest", [448.0, 352.0])

@@ -6,8 +6,7 @@ Pure numerics on plain tensors, on any device; knows nothing of torchao. The ste
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
@@ -49,10 +48,13 @@ class Statistics:
     tokens: int
     hessian: torch.Tensor | None = None
 
-    @cached_property
-    def second_order(self) -> SecondOrder:
+    _derived: dict[int, SecondOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def second_order(self, group_size: int) -> SecondOrder:
         """What second-order rounding derives from the Hessian, computed once for all layers with these inputs."""
-        return SecondOrder(self.hessian.float())
+        if group_size not in self._derived:
+            self._derived[group_size] = SecondOrder(self.hessian.float(), group_size)
+        return self._derived[group_size]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def encode(
     ):
         return _first_order(weight, importance, config)
     _check_second_order(statistics, output_shift, weight)
-    second_order = statistics.second_order
+    second_order = statistics.second_order(config.group_size)
     target = second_order.target(weight, output_shift)
     start = _first_order(target, _importance_of(second_order.importance, config), config)
     encoding, before = second_order.refine(target, start, config)

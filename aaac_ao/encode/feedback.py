@@ -1,8 +1,8 @@
-"""Codes that minimise the layer's output error sum_n (w_n - q_n)^T H (w_n - q_n), with scales and books fixed.
+"""Codes, scales and books of groups that minimise the layer's output error sum_n (w_n - q_n)^T H (w_n - q_n).
 
-First the feedback of rounding errors to the columns that are still to be rounded, in the order of falling importance
-(GPTQ, arXiv 2210.17323, with static groups, so that groups stay contiguous whatever the order); then coordinate descent
-on single codes with the exact H.
+First GPTQ's feedback (arXiv 2210.17323): what rounding loses is made up for by the columns still to be rounded.
+Groups are visited in the order of falling importance and choose scale and book when their turn comes, on the columns as
+the feedback left them. Then block coordinate descent: every block of columns is rounded anew with all others fixed.
 
 Everything here is laid out [K, N], transposed against the weight: one input channel of all rows is contiguous.
 """
@@ -10,67 +10,54 @@ Everything here is laid out [K, N], transposed against the weight: one input cha
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from aaac_ao.encode.scales import reciprocal
+from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, round_block
 
 logger = logging.getLogger(__name__)
 
-#: Columns that are rounded one by one before the others hear of it in one matrix product; a multiple of every group.
-BLOCK_COLUMNS = 128
 #: Share of the mean diagonal added to the diagonal of H, raised tenfold each time the factorisation fails.
 DAMPING = 0.01
-#: Passes of one coordinate descent over all columns.
-SWEEPS = 2
-#: Bins of the table that narrows the search for the nearest entry, over this many times the books' largest entry.
-_BINS, _RANGE = 4096, 1.25
+#: Columns that descent rounds anew at a time, at least one group of them.
+DESCENT_COLUMNS = 64
+#: A block moves only if that lowers a row's error by more than this share, which is above what rounding in fp32 shows.
+_LEAST_GAIN = 1e-5
+#: Columns whose sums and values are worked on at a time.
+_CHUNK_COLUMNS = 128
+
+#: Scales to try, [count, groups, N], around those of some groups, [groups, N].
+Candidates = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Grid:
     """The values that every weight can take: its group's scale times the entries of its group's book.
 
     Args:
-        scale: [N, groups] fp32 >= 0.
-        selector: [N, groups] bool, the book of every group.
+        scale: [groups, N] fp32 >= 0.
+        selector: [groups, N] uint8, the book of every group.
         codebooks: [2, 16] fp32, ascending.
         group_size: columns per group.
     """
 
     def __init__(self, scale: torch.Tensor, selector: torch.Tensor, codebooks: torch.Tensor, group_size: int) -> None:
-        self.scale, self.group_size = scale.t().contiguous(), group_size
-        self.book = selector.t().to(torch.int32).contiguous()
+        self.scale, self.selector, self.codebooks, self.group_size = scale, selector, codebooks, group_size
         self.entries = codebooks.reshape(-1)
-        midpoints = (codebooks[:, 1:] + codebooks[:, :-1]) / 2
-        self._upper = torch.nn.functional.pad(midpoints, (0, 1), value=float("inf")).view(-1)
-        step = 2 * _RANGE * codebooks.abs().max().clamp(min=1e-30) / _BINS
-        left_edges = (torch.arange(_BINS, device=scale.device) - _BINS // 2) * step
-        self._guess = torch.stack([torch.bucketize(left_edges, m) for m in midpoints]).to(torch.int32).view(-1)
-        self._inverse = reciprocal(self.scale)
-        self._bins_per_unit, self._middle = 1 / step, torch.full((), _BINS / 2, device=scale.device)
-
-    def nearest(self, w: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (int32) and values nearest to w [N] in a column of the weight."""
-        group = column // self.group_size
-        book = self.book[group]
-        u = w * self._inverse[group]
-        bins = torch.addcmul(self._middle, u, self._bins_per_unit).clamp_(0, _BINS - 1).to(torch.int32)
-        index = torch.index_select(self._guess, 0, bins.add_(book, alpha=_BINS)).add_(book, alpha=16)
-        index += u > torch.index_select(self._upper, 0, index)  # a bin holds one midpoint at most, or entries as good
-        return index - 16 * book, torch.index_select(self.entries, 0, index) * self.scale[group]
 
     def index(self, codes: torch.Tensor) -> torch.Tensor:
         """Where the entries of codes [K, N] stand among the 32 of both books."""
-        return codes.long() + 16 * _of_columns(self.book, len(codes), self.group_size)
+        return codes.long() + 16 * _of_columns(self.selector, len(codes), self.group_size)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """[K, N] values of codes [K, N]."""
         values = torch.empty(codes.shape, device=codes.device)
-        for start in range(0, len(codes), BLOCK_COLUMNS):  # indices take four times the memory of values
-            block, groups = codes[start : start + BLOCK_COLUMNS], slice(start // self.group_size, None)
-            index = block.long() + 16 * _of_columns(self.book[groups], len(block), self.group_size)
+        for start in range(0, len(codes), _CHUNK_COLUMNS):  # indices take four times the memory of values
+            block, groups = codes[start : start + _CHUNK_COLUMNS], slice(start // self.group_size, None)
+            index = block.long() + 16 * _of_columns(self.selector[groups], len(block), self.group_size)
             scale = _of_columns(self.scale[groups], len(block), self.group_size)
-            torch.mul(self.entries[index], scale, out=values[start : start + BLOCK_COLUMNS])
+            torch.mul(self.entries[index], scale, out=values[start : start + _CHUNK_COLUMNS])
         return values
 
     def column_scales(self, columns: int) -> torch.Tensor:
@@ -83,58 +70,108 @@ def _of_columns(of_groups: torch.Tensor, columns: int, group_size: int) -> torch
     return of_groups[:groups].repeat_interleave(group_size, dim=0)[:columns]
 
 
-def feedback(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
+@dataclass(frozen=True)
+class Order:
+    """The order in which columns are rounded: group after group.
+
+    Attributes:
+        columns: [K] int64.
+        groups: the groups in that order.
+        sizes: their columns; the last group of a weight may have fewer.
+    """
+
+    columns: torch.Tensor
+    groups: torch.Tensor
+    sizes: list[int]
+
+    @classmethod
+    def of_importance(cls, diagonal: torch.Tensor, group_size: int) -> Order:
+        """Groups, and columns inside them, by falling diagonal of H; a group counts by its mean."""
+        padding = -len(diagonal) % group_size
+        padded = torch.nn.functional.pad(diagonal, (0, padding), value=-1).view(-1, group_size)
+        sizes = (padded >= 0).sum(1)
+        mean = padded.clamp(min=0).sum(1) / sizes
+        groups = torch.argsort(mean, descending=True, stable=True)
+        inside = torch.argsort(padded[groups], dim=1, descending=True, stable=True)
+        columns = (groups[:, None] * group_size + inside).view(-1)
+        return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist())
+
+
+def feedback(
+    weight: torch.Tensor, order: Order, factor: torch.Tensor, grid: Grid, candidates: Candidates
+) -> tuple[Grid, torch.Tensor]:
     """Round columns in `order`; what is lost is made up for by the columns that follow.
 
     Args:
         weight: [K, N] fp32.
-        order: [K] the columns in the order of rounding.
+        order: of rounding.
         factor: [K, K] upper Cholesky factor of the inverse of H, both in that order.
-        grid: the allowed values.
+        grid: books, and the scales around which candidates lie; its selectors are not looked at.
+        candidates: scales to try.
 
     Returns:
-        Codes [K, N] int32.
+        The grid with the chosen scales and books, and codes [K, N] uint8.
     """
-    left, codes, columns = weight[order], torch.empty_like(weight, dtype=torch.int32), order.tolist()
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        block = slice(start, start + BLOCK_COLUMNS)
-        w, u = left[block], factor[block, block]
-        errors = torch.empty_like(w)
-        for i, column in enumerate(columns[block]):
-            codes[column], value = grid.nearest(w[i], column)
-            torch.sub(w[i], value, out=errors[i]).div_(diagonal[start + i])
-            w[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
-        left[block.stop :].addmm_(factor[block, block.stop :].t(), errors, alpha=-1)
-    return codes
+    left, codes = weight[order.columns], torch.empty_like(weight, dtype=torch.uint8)
+    scale, selector = torch.empty_like(grid.scale), torch.empty_like(grid.selector)
+    at_once, start = BLOCK_COLUMNS // grid.group_size, 0
+    for groups, first in zip(order.groups.split(at_once), range(0, len(order.groups), at_once), strict=True):
+        sizes = order.sizes[first : first + at_once]
+        block = slice(start, start + sum(sizes))
+        metric = Metric.of_factor(factor[block, block])
+        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+        codes[order.columns[block]] = rounded.codes
+        scale[groups], selector[groups] = rounded.scale, rounded.selector
+        left[block.stop :].addmm_(factor[block, block.stop :].t(), rounded.errors, alpha=-1)
+        start = block.stop
+    return Grid(scale, selector, grid.codebooks, grid.group_size), codes
 
 
-def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-    """Codes [K, N] int32 after setting each to its best value with all others fixed, in `SWEEPS` passes of columns."""
+def descend(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor, candidates: Candidates
+) -> tuple[Grid, torch.Tensor]:
+    """Round every block of columns anew with all others fixed, and keep what is better, row by row.
+
+    Args:
+        weight: [K, N] fp32.
+        hessian: [K, K], positive definite.
+        grid: scales, selectors and books to start from.
+        codes: [K, N] uint8.
+        candidates: scales to try.
+
+    Returns:
+        The grid with the chosen scales and books, and codes [K, N] uint8.
+    """
+    size, width = grid.group_size, max(DESCENT_COLUMNS, grid.group_size)
     codes, values = codes.clone(), grid.values(codes)
-    gradient = hessian @ (values - weight)  # half of it
-    steps = (1 / hessian.diagonal()).tolist()
-    for _ in range(SWEEPS):
-        for start in range(0, len(weight), BLOCK_COLUMNS):
-            block = slice(start, start + BLOCK_COLUMNS)
-            own, near = gradient[block].clone(), hessian[block, block]
-            moves = torch.empty_like(own)
-            for i in range(len(own)):
-                old = values[start + i]
-                codes[start + i], new = grid.nearest(old.sub(own[i], alpha=steps[start + i]), start + i)
-                torch.sub(new, old, out=moves[i])
-                own[i + 1 :].addr_(near[i, i + 1 :], moves[i])
-                values[start + i] = new
-            gradient.addmm_(hessian[:, block], moves)
-    return codes
+    grid = Grid(grid.scale.clone(), grid.selector.clone(), grid.codebooks, size)
+    pull = hessian @ (values - weight)  # half the gradient
+    for start in range(0, len(weight), width):
+        block = slice(start, min(start + width, len(weight)))
+        groups = slice(start // size, -(-block.stop // size))
+        sizes = [min(size, block.stop - first) for first in range(start, block.stop, size)]
+        inner = hessian[block, block]
+        metric = Metric.of_factor(inverse_factor(inner, torch.arange(len(inner), device=inner.device), share=0.0))
+        # given the other columns the error is least at values - M^-1 pull, by |U pull|^2 less than where they are
+        wanted = metric.factor @ pull[block]
+        target = values[block] - metric.factor.t() @ wanted
+        rounded = round_block(target, metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+        better = rounded.errors.square().sum(0) < (1 - _LEAST_GAIN) * wanted.square().sum(0)
+        moved = torch.where(better, rounded.values(grid.codebooks, sizes), values[block])
+        pull.addmm_(hessian[:, block], moved - values[block])
+        values[block] = moved
+        for kept, new in ((codes[block], rounded.codes), (grid.scale[groups], rounded.scale)):
+            kept.copy_(torch.where(better, new, kept))
+        grid.selector[groups] = torch.where(better, rounded.selector, grid.selector[groups])
+    return grid, codes
 
 
 def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [N], of weights [K, N]."""
     error = weight - quantised
     pulled, total = hessian @ error, torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for start in range(0, len(error), BLOCK_COLUMNS):
-        block = slice(start, start + BLOCK_COLUMNS)
+    for start in range(0, len(error), _CHUNK_COLUMNS):
+        block = slice(start, start + _CHUNK_COLUMNS)
         total += (pulled[block].double() * error[block].double()).sum(0)
     return total
 

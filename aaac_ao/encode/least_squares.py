@@ -7,47 +7,39 @@ from __future__ import annotations
 
 import torch
 
-from aaac_ao.encode.feedback import BLOCK_COLUMNS, Grid
+from aaac_ao.encode.feedback import Grid
 from aaac_ao.formats import ScaleFormat
 
-#: Books are fitted on about this many weights (rows taken evenly), some rows at a time: 32 numbers do not need more.
-SAMPLE_WEIGHTS, _CHUNK_WEIGHTS = 1 << 19, 1 << 17
+#: Columns whose moves the columns behind them hear of in one matrix product; a multiple of every group.
+BLOCK_COLUMNS = 128
+#: Books are fitted on about this many weights (rows taken evenly): 32 numbers do not need more.
+SAMPLE_WEIGHTS = 1 << 16
 #: Weight of staying at the old entry, relative to the mean diagonal of the normal equations.
 _RIDGE = 1e-6
 
 
-class BookFit:
-    """Normal equations of the 32 entries, summed over rows.
+def fit_books(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    """The books [2, 16] fp32 that are best for given codes; entries that no weight uses stay where they are.
 
     With P [K, 32] holding the scale of every weight of a row in the column of its entry, the row's error is
     (P c - w)^T H (P c - w), which is least for the c with sum P^T H P c = sum P^T H w.
+
+    Args:
+        weight: [K, N] fp32; about `SAMPLE_WEIGHTS` weights, of which 32 copies are made.
+        hessian: [K, K].
+        grid: scales, selectors and books.
+        codes: [K, N].
     """
-
-    def __init__(self, hessian: torch.Tensor, codebooks: torch.Tensor) -> None:
-        self.hessian, self.codebooks = hessian, codebooks
-        self.normal = torch.zeros(32, 32, dtype=torch.float64, device=hessian.device)
-        self.downhill = torch.zeros(32, dtype=torch.float64, device=hessian.device)
-
-    def add(self, weight: torch.Tensor, codes: torch.Tensor, grid: Grid, stride: int) -> None:
-        """Add every `stride`-th row of weights and codes [K, N]."""
-        columns = len(weight)
-        rows = torch.arange(0, weight.shape[1], stride, device=weight.device)
-        indices, scales = grid.index(codes), grid.column_scales(columns)
-        for part in rows.split(max(1, _CHUNK_WEIGHTS // columns)):
-            index, scale = indices[:, part], scales[:, part]
-            error = grid.entries[index] * scale - weight[:, part]
-            placed = torch.zeros(columns, len(part), 32, device=weight.device)
-            placed.scatter_(2, index[..., None], scale[..., None])
-            pulled = self.hessian @ placed.view(columns, -1)
-            flat = placed.view(-1, 32)
-            self.normal += (flat.t() @ pulled.view(-1, 32)).double()
-            self.downhill -= (flat.t() @ (self.hessian @ error).view(-1)).double()
-
-    def solve(self) -> torch.Tensor:
-        """The fitted books [2, 16] fp32; entries that no weight uses stay where they are."""
-        ridge = (_RIDGE * self.normal.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
-        move = torch.linalg.solve(self.normal + torch.diag_embed(ridge.expand(32)), self.downhill)
-        return (self.codebooks.double() + move.view(2, 16)).float()
+    index, scale = grid.index(codes), grid.column_scales(len(weight))
+    placed = torch.zeros(*weight.shape, 32, device=weight.device)
+    placed.scatter_(2, index[..., None], scale[..., None])
+    pulled = hessian @ placed.view(len(weight), -1)
+    error = hessian @ (grid.values(codes) - weight)
+    flat = placed.view(-1, 32)
+    normal, downhill = (flat.t() @ pulled.view(-1, 32)).double(), -(flat.t() @ error.view(-1)).double()
+    ridge = (_RIDGE * normal.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    move = torch.linalg.solve(normal + torch.diag_embed(ridge.expand(32)), downhill)
+    return (grid.codebooks.double() + move.view(2, 16)).float()
 
 
 def fit_scales(
@@ -69,7 +61,7 @@ def fit_scales(
         per_tensor_scale: of the format.
 
     Returns:
-        [N, groups] fp32.
+        [groups, N] fp32.
     """
     scale, size = grid.scale.clone(), grid.group_size
     entries = grid.entries[grid.index(codes)]
@@ -90,4 +82,4 @@ def fit_scales(
             moves[part] = move * v
             own.addmm_(near[:, part], moves[part])
         gradient[block.stop :].addmm_(hessian[block.stop :, block], moves)
-    return scale.t().contiguous()
+    return scale

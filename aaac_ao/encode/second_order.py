@@ -3,20 +3,30 @@
 1. The weight is corrected for inputs that differ from the original model's, where that is known.
 2. Books and scales come from the first-order encoder, with an importance between H's diagonal and what the feedback
    leaves of it.
-3. Codes by error feedback, then coordinate descent (`feedback`).
-4. Books and scales by least squares (`least_squares`), codes by coordinate descent again.
+3. Codes, scales and the choice of books by feedback, then by block coordinate descent (`feedback`).
+4. Books and scales by least squares (`least_squares`), then descent again with finer steps of the scales.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from aaac_ao.encode.feedback import DAMPING, Grid, damp, descend, feedback, inverse_factor, row_errors
-from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, BookFit, fit_scales
+from aaac_ao.encode.feedback import (
+    DAMPING,
+    Candidates,
+    Grid,
+    Order,
+    damp,
+    descend,
+    feedback,
+    inverse_factor,
+    row_errors,
+)
+from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
 from aaac_ao.packing import ceil_div
 
 if TYPE_CHECKING:
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Share of the measured difference of inputs that the weight is corrected for; all of it would fit noise.
 CORRECTION = 0.7
+#: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
+FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
 #: Rows are worked on in chunks of about this many weights.
 CHUNK_WEIGHTS = 1 << 23
 
@@ -34,6 +46,7 @@ class SecondOrder:
 
     Args:
         hessian: [K, K] fp32, E[x x^T].
+        group_size: columns per group, which are rounded together.
 
     Attributes:
         importance: [K] weights of the input channels for the first-order encoder: the geometric mean of the variance
@@ -43,13 +56,13 @@ class SecondOrder:
         ValueError: H cannot be factorised, however much it is damped.
     """
 
-    def __init__(self, hessian: torch.Tensor) -> None:
+    def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
         self.hessian = hessian
-        self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self.factor = inverse_factor(hessian, self.order)
+        self.order = Order.of_importance(hessian.diagonal(), group_size)
+        self.factor = inverse_factor(hessian, self.order.columns)
         self.damped = damp(hessian, DAMPING)
         remaining = torch.empty_like(self.factor.diagonal())
-        remaining[self.order] = self.factor.diagonal().square().reciprocal()
+        remaining[self.order.columns] = self.factor.diagonal().square().reciprocal()
         self.importance = (remaining * self.damped.diagonal()).sqrt()
 
     def target(self, weight: torch.Tensor, output_shift: torch.Tensor | None) -> torch.Tensor:
@@ -66,10 +79,11 @@ class SecondOrder:
         if output_shift is None:
             return weight
         # with columns in `order`, H^-1 = U^T U
+        columns = self.order.columns
         corrected = weight.clone()
         for rows in _chunks(weight):
-            move = CORRECTION * (output_shift[rows][:, self.order] @ self.factor.t() @ self.factor)
-            corrected[rows].index_add_(1, self.order, move)
+            move = CORRECTION * (output_shift[rows][:, columns] @ self.factor.t() @ self.factor)
+            corrected[rows].index_add_(1, columns, move)
         return corrected
 
     def refine(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> tuple[Encoding, torch.Tensor]:
@@ -81,57 +95,68 @@ class SecondOrder:
             config: settings; learned books are fitted anew, scales if `scale_search` is on.
 
         Returns:
-            An encoding that is nowhere worse, with its error under H, and the error of the start, fp64 0-D.
+            An encoding that is not worse, with its error under H, and the error of the start, fp64 0-D.
         """
-        codes, before, error = self._first_codes(weight, start, config.group_size)
-        encoding = dataclasses.replace(start, codes=codes, error=error)
+        tried = [self._with_error(weight, start, config)]
+
+        def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+            around = _candidates(start, config, *FEEDBACK_SCALES)
+            grid, codes = feedback(w, self.order, self.factor, grid, around)
+            return descend(w, self.damped, grid, codes, _candidates(start, config, *DESCENT_SCALES))
+
+        def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+            if config.scale_search:
+                scale = fit_scales(w, self.damped, grid, codes, config.scale_format, start.per_tensor_scale)
+                grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
+            return descend(w, self.damped, grid, codes, _candidates(start, config, *LAST_SCALES))
+
+        rounded = _by_rows(weight, start, config, first)
+        tried.append(self._with_error(weight, rounded, config))
         if config.codebooks == "learned":
-            fitted = self._fitted(weight, encoding, config)
-            if bool(fitted.error < encoding.error):
-                encoding = fitted
-        return encoding, before
+            rounded = self._with_fitted_books(weight, rounded, config)
+        tried.append(self._with_error(weight, _by_rows(weight, rounded, config, last), config))
+        return min(tried, key=lambda encoding: float(encoding.error)), tried[0].error
 
-    def _first_codes(
-        self, weight: torch.Tensor, start: Encoding, group_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes by feedback and descent, row by row where they are better; errors of the start and of the result."""
-        chosen, errors = [], []
+    def _with_error(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
+        errors = []
         for rows in _chunks(weight):
-            w, grid, old = weight[rows].t(), _grid_of(start, rows, group_size), start.codes[rows].t().int()
-            new = descend(w, self.damped, grid, feedback(w, self.order, self.factor, grid))
-            both = torch.stack([row_errors(w, grid.values(codes), self.hessian) for codes in (old, new)])
-            chosen.append(torch.where(both[1] < both[0], new, old).t().to(torch.uint8))
-            errors.append(torch.stack([both[0].sum(), both.amin(0).sum()]))
-        before, after = torch.stack(errors).sum(0)
-        return torch.cat(chosen), before, after
+            values = _grid_of(encoding, rows, config).values(encoding.codes[rows].t())
+            errors.append(row_errors(weight[rows].t(), values, self.hessian).sum())
+        return dataclasses.replace(encoding, error=torch.stack(errors).sum())
 
-    def _fitted(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
-        """Books by least squares, then scales, then codes for the books as stored."""
-        size, fmt = config.group_size, config.scale_format
-        fit = BookFit(self.damped, encoding.codebooks)
-        for rows in _chunks(weight):
-            grid = _grid_of(encoding, rows, size)
-            fit.add(weight[rows].t(), encoding.codes[rows].t(), grid, ceil_div(weight.numel(), SAMPLE_WEIGHTS))
-        books, order = fit.solve().bfloat16().float().sort(dim=1)
+    def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
+        """The same choices with books by least squares, as they are stored."""
+        sample = slice(None, None, ceil_div(weight.numel(), SAMPLE_WEIGHTS))
+        grid = _grid_of(encoding, sample, config)
+        books = fit_books(weight[sample].t(), self.damped, grid, encoding.codes[sample].t())
+        books, order = books.bfloat16().float().sort(dim=1)
         if not bool(torch.isfinite(books).all()):
             return encoding
-        rank = order.argsort(dim=1).view(-1).int()  # where the entries have gone
-        parts = []
-        for rows in _chunks(weight):
-            w, selector = weight[rows].t(), encoding.selector[rows]
-            index = _grid_of(encoding, rows, size).index(encoding.codes[rows].t())
-            codes, scale = rank[index], encoding.scale[rows]
-            if config.scale_search:
-                grid = Grid(scale, selector, books, size)
-                scale = fit_scales(w, self.damped, grid, codes, fmt, encoding.per_tensor_scale)
-            grid = Grid(scale, selector, books, size)
-            codes = descend(w, self.damped, grid, codes)
-            error = row_errors(w, grid.values(codes), self.hessian).sum()
-            parts.append((codes.t().to(torch.uint8), scale, error))
-        codes, scales, errors = zip(*parts, strict=True)
-        return dataclasses.replace(
-            encoding, codes=torch.cat(codes), scale=torch.cat(scales), codebooks=books, error=torch.stack(errors).sum()
-        )
+        rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
+        codes = [rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t() for rows in _chunks(weight)]
+        return dataclasses.replace(encoding, codes=torch.cat(codes), codebooks=books)
+
+
+def _by_rows(
+    weight: torch.Tensor,
+    encoding: Encoding,
+    config: AAACConfig,
+    step: Callable[[torch.Tensor, Grid, torch.Tensor], tuple[Grid, torch.Tensor]],
+) -> Encoding:
+    """Apply a step to transposed chunks of rows."""
+    parts = []
+    for rows in _chunks(weight):
+        w, codes = weight[rows].t().contiguous(), encoding.codes[rows].t().contiguous()
+        grid, codes = step(w, _grid_of(encoding, rows, config), codes)
+        parts.append((codes.t(), grid.selector.t().bool(), grid.scale.t()))
+    codes, selector, scale = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
+    return dataclasses.replace(encoding, codes=codes, selector=selector, scale=scale)
+
+
+def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float) -> Candidates:
+    """Scales around the present ones; only these where scales are not searched."""
+    fmt, pts = config.scale_format, encoding.per_tensor_scale
+    return lambda scale: fmt.neighbours(scale, pts, count, step) if config.scale_search else scale[None]
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[slice]:
@@ -139,5 +164,6 @@ def _chunks(weight: torch.Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, len(weight), rows))
 
 
-def _grid_of(encoding: Encoding, rows: slice, group_size: int) -> Grid:
-    return Grid(encoding.scale[rows], encoding.selector[rows], encoding.codebooks, group_size)
+def _grid_of(encoding: Encoding, rows: slice, config: AAACConfig) -> Grid:
+    scale, selector = (part[rows].t().contiguous() for part in (encoding.scale, encoding.selector.to(torch.uint8)))
+    return Grid(scale, selector, encoding.codebooks, config.group_size)

@@ -132,7 +132,9 @@ def linear(
     out_features = scale.shape[0]
     if bias is not None:
         if tuple(bias.shape) != (out_features,) or bias.is_cpu is False:
-            raise ValueError(f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}")
+            raise ValueError(
+                f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}"
+            )
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
     x = x if x.stride(1) == 1 and x.stride(0) >= 0 and _aligned(x) else x.contiguous().clone()
     y = x.new_empty(tokens, out_features)

@@ -1,0 +1,154 @@
+"""Rounding of a block of columns under a quadratic error, every group's scale and book included.
+
+Everything here is laid out [columns, N], transposed against the weight: one input channel of all rows is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aaac_ao.encode.scales import reciprocal
+from aaac_ao.kernels.cpu import rounding as compiled
+
+#: Most columns of a block.
+BLOCK_COLUMNS = compiled.MOST_COLUMNS
+#: Passes of coordinate descent over the columns of a block.
+SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The error of a block, e^T M e for the errors e of its columns.
+
+    Attributes:
+        matrix: [B, B] M.
+        factor: [B, B] upper Cholesky factor U of the inverse of M, M^-1 = U^T U.
+        root: [B, B] lower, the inverse of U^T: e^T M e = |root e|^2.
+    """
+
+    matrix: torch.Tensor
+    factor: torch.Tensor
+    root: torch.Tensor
+
+    @classmethod
+    def of_factor(cls, factor: torch.Tensor) -> Metric:
+        """From the upper factor U of M^-1 = U^T U."""
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        root = torch.linalg.solve_triangular(factor.t(), identity, upper=False)
+        return cls(root.t() @ root, factor, root)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A block after rounding.
+
+    Attributes:
+        codes: [B, N] uint8.
+        selector: [groups, N] uint8, 0 or 1: the book of every group.
+        scale: [groups, N] fp32, one of the candidates.
+        errors: [B, N] fp32, root @ (target - value): its squares add up to the error of a row.
+    """
+
+    codes: torch.Tensor
+    selector: torch.Tensor
+    scale: torch.Tensor
+    errors: torch.Tensor
+
+    def values(self, codebooks: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """[B, N] what the columns were rounded to."""
+        groups = torch.arange(len(sizes), device=self.codes.device)
+        of_column = groups.repeat_interleave(torch.tensor(sizes, device=self.codes.device))
+        index = self.codes.long() + 16 * self.selector.long()[of_column]
+        return codebooks.view(-1)[index] * self.scale[of_column]
+
+
+def round_block(
+    target: torch.Tensor, metric: Metric, sizes: Sequence[int], codebooks: torch.Tensor, candidates: torch.Tensor
+) -> Rounded:
+    """Round the columns of a block to the values of the format so that e^T M e is small, row by row.
+
+    Group after group, every candidate scale is tried with both books: the columns of the group are rounded with
+    feedback (GPTQ, arXiv 2210.17323) inside it, which shows the error that the columns behind the group cannot make up
+    for; the least one decides. What is lost is fed back to the rest of the block. Then `SWEEPS` passes set every code
+    to its best value with all others fixed.
+
+    Args:
+        target: [B, N] fp32, B <= `BLOCK_COLUMNS`.
+        metric: of the block.
+        sizes: columns of every group, in order; their sum is B.
+        codebooks: [2, 16] fp32, ascending.
+        candidates: [count, groups, N] fp32 >= 0, scales that are tried; the first wins ties.
+    """
+    if target.device.type == "cpu" and compiled.library() is not None:
+        ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+        parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates, ends)
+        return Rounded(*compiled.round_block(target, *parts, SWEEPS))
+    return _round_block(target, metric, sizes, codebooks, candidates)
+
+
+def _round_block(
+    target: torch.Tensor, metric: Metric, sizes: Sequence[int], codebooks: torch.Tensor, candidates: torch.Tensor
+) -> Rounded:
+    left, codes = target.clone(), torch.empty_like(target, dtype=torch.int64)
+    value, scales, selectors = torch.empty_like(target), [], []
+    inverse_diagonal = metric.factor.diagonal().reciprocal()
+    books, start = _Books(codebooks), 0
+    for group, size in enumerate(sizes):
+        columns = slice(start, start + size)
+        scale, book = _choose(left[columns], metric.factor[columns, columns], books, candidates[:, group])
+        scales.append(scale)
+        selectors.append(book)
+        inverse = reciprocal(scale)
+        for i in range(start, start + size):
+            codes[i], entry = books.nearest(left[i] * inverse, book)
+            value[i] = entry * scale
+            error = (left[i] - value[i]) * inverse_diagonal[i]
+            left[i + 1 :].addr_(metric.factor[i, i + 1 :], error, alpha=-1)
+        start += size
+    pull = metric.matrix @ (target - value)
+    steps = metric.matrix.diagonal().reciprocal()
+    of_column = [group for group, size in enumerate(sizes) for _ in range(size)]
+    inverses = [reciprocal(scale) for scale in scales]
+    for _ in range(SWEEPS):
+        for i, group in enumerate(of_column):
+            best = (value[i] + pull[i] * steps[i]) * inverses[group]
+            codes[i], entry = books.nearest(best, selectors[group])
+            moved = entry * scales[group]
+            pull.addr_(metric.matrix[i], moved - value[i], alpha=-1)
+            value[i] = moved
+    errors = metric.root @ (target - value)
+    return Rounded(codes.to(torch.uint8), torch.stack(selectors).to(torch.uint8), torch.stack(scales), errors)
+
+
+def _choose(
+    target: torch.Tensor, factor: torch.Tensor, books: _Books, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale [N] and book [N] int64 of a group with which feedback inside it leaves the least error."""
+    scale = candidates[:, None].expand(-1, 2, -1)
+    inverse = reciprocal(scale)
+    left = target[:, None, None].expand(-1, *scale.shape).clone()
+    book = torch.arange(2, device=target.device)[None, :, None].expand(scale.shape)
+    cost = torch.zeros_like(left[0])
+    for i in range(len(target)):
+        error = (left[i] - books.nearest(left[i] * inverse, book)[1] * scale) / factor[i, i]
+        cost += error.square()
+        left[i + 1 :] -= factor[i, i + 1 :, None, None, None] * error
+    best = cost.flatten(0, 1).argmin(0, keepdim=True)
+    return scale.flatten(0, 1).gather(0, best)[0], best[0] % 2
+
+
+class _Books:
+    """Nearest entries in a pair of ascending books; ties go to the lower entry."""
+
+    def __init__(self, codebooks: torch.Tensor) -> None:
+        self.entries = codebooks.reshape(-1)
+        self.middles = (codebooks[:, 1:] + codebooks[:, :-1]) / 2
+
+    def nearest(self, x: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int64 and entries nearest to x in its book, int64 of the same shape."""
+        first, second = (torch.bucketize(x, middles) for middles in self.middles)
+        codes = torch.where(book == 1, second, first)
+        return codes, torch.index_select(self.entries, 0, (codes + 16 * book).view(-1)).view(x.shape)

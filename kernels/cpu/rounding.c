@@ -1,0 +1,158 @@
+// Rounding of a block of columns under a quadratic error, 16 rows of the weight at a time: see aaac_ao/encode/rounding.py,
+// which has the same steps in PyTorch.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "pool.h"
+
+enum { LANES = 16, MOST_COLUMNS = 256 };
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_ISA
+#endif
+
+typedef struct {
+    float entry[2][16], middle[2][15];
+} Books;
+
+// All matrices are [columns or groups][rows], rows contiguous; `factor`, `metric` and `root` are [columns][columns].
+typedef struct {
+    float *target; // in: what to round; out: root times the error
+    const float *factor, *metric, *root, *candidates;
+    const int32_t *ends;
+    float *scale;
+    uint8_t *selector, *codes;
+    int64_t rows;
+    int columns, groups, count, sweeps;
+    Books books;
+} Block;
+
+INLINE Floats splat(float x) { return (Floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+INLINE Floats load(const float *from, int lanes) {
+    Floats x = {0};
+    memcpy(&x, from, lanes == LANES ? sizeof x : sizeof(float) * lanes);
+    return x;
+}
+
+INLINE void store(float *to, Floats x, int lanes) { memcpy(to, &x, lanes == LANES ? sizeof x : sizeof(float) * lanes); }
+
+// 1 / x, and 0 for zero and subnormal numbers
+INLINE Floats reciprocal(Floats x) { return (Floats)((Ints)(1.0f / x) & (x >= 0x1p-126f)); }
+
+// The nearest entry of one book; ties go to the lower one.
+INLINE Floats nearest(const Books *books, int book, Floats x) {
+    Floats value = splat(books->entry[book][0]);
+#pragma GCC unroll 15
+    for (int i = 0; i < 15; i++) value = pick(x > books->middle[book][i], splat(books->entry[book][i + 1]), value);
+    return value;
+}
+
+// The same with a book for every lane, and the codes.
+INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
+    Floats value = pick(second, splat(books->entry[1][0]), splat(books->entry[0][0]));
+    *code = (Ints){0};
+#pragma GCC unroll 15
+    for (int i = 0; i < 15; i++) {
+        Ints above = x > pick(second, splat(books->middle[1][i]), splat(books->middle[0][i]));
+        value = pick(above, pick(second, splat(books->entry[1][i + 1]), splat(books->entry[0][i + 1])), value);
+        *code -= above;
+    }
+    return value;
+}
+
+// The scale and book of a group with which feedback inside the group leaves the least error.
+INLINE void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale, Ints *second) {
+    int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
+    Floats least = splat(INFINITY), left[MOST_COLUMNS];
+    *scale = splat(0);
+    *second = (Ints){0};
+    for (int candidate = 0; candidate < b->count; candidate++) {
+        Floats s = load(b->candidates + ((int64_t)candidate * b->groups + group) * b->rows + row, lanes);
+        Floats inverse = reciprocal(s);
+        for (int book = 0; book < 2; book++) {
+            Floats cost = splat(0);
+            memcpy(left + first, target + first, sizeof(Floats) * (end - first));
+            for (int i = first; i < end; i++) {
+                const float *row_of = b->factor + (int64_t)i * columns;
+                Floats error = (left[i] - nearest(&b->books, book, left[i] * inverse) * s) * (1.0f / row_of[i]);
+                cost += error * error;
+                for (int j = i + 1; j < end; j++) left[j] -= row_of[j] * error;
+            }
+            Ints better = cost < least;
+            least = pick(better, cost, least);
+            *scale = pick(better, s, *scale);
+            *second = (*second & ~better) | (book ? better : (Ints){0});
+        }
+    }
+}
+
+EVERY_ISA static void round_rows(void *job, int64_t index) {
+    const Block *b = job;
+    int columns = b->columns;
+    int64_t row = index * LANES;
+    int lanes = b->rows - row < LANES ? (int)(b->rows - row) : LANES;
+    Floats target[MOST_COLUMNS], left[MOST_COLUMNS], value[MOST_COLUMNS], pull[MOST_COLUMNS];
+    Floats scale[MOST_COLUMNS], inverse[MOST_COLUMNS]; // of groups, of which there are no more than columns
+    Ints second[MOST_COLUMNS], code[MOST_COLUMNS];
+    for (int i = 0; i < columns; i++) target[i] = left[i] = load(b->target + i * b->rows + row, lanes);
+    for (int group = 0; group < b->groups; group++) {
+        choose(b, left, group, row, lanes, &scale[group], &second[group]);
+        inverse[group] = reciprocal(scale[group]);
+        for (int i = b->ends[group]; i < b->ends[group + 1]; i++) {
+            const float *row_of = b->factor + (int64_t)i * columns;
+            value[i] = nearest_of(&b->books, second[group], left[i] * inverse[group], &code[i]) * scale[group];
+            Floats error = (left[i] - value[i]) * (1.0f / row_of[i]);
+            for (int j = i + 1; j < columns; j++) left[j] -= row_of[j] * error;
+        }
+    }
+    for (int i = 0; i < columns; i++) { // metric times error
+        Floats sum = splat(0);
+        for (int j = 0; j < columns; j++) sum += b->metric[(int64_t)i * columns + j] * (target[j] - value[j]);
+        pull[i] = sum;
+    }
+    for (int sweep = 0; sweep < b->sweeps; sweep++)
+        for (int group = 0; group < b->groups; group++)
+            for (int i = b->ends[group]; i < b->ends[group + 1]; i++) {
+                const float *row_of = b->metric + (int64_t)i * columns;
+                Floats best = value[i] + pull[i] * (1.0f / row_of[i]);
+                Floats moved = nearest_of(&b->books, second[group], best * inverse[group], &code[i]) * scale[group];
+                Floats step = moved - value[i];
+                value[i] = moved;
+                for (int j = 0; j < columns; j++) pull[j] -= row_of[j] * step;
+            }
+    for (int i = 0; i < columns; i++) {
+        Floats sum = splat(0);
+        for (int j = 0; j <= i; j++) sum += b->root[(int64_t)i * columns + j] * (target[j] - value[j]);
+        store(b->target + i * b->rows + row, sum, lanes);
+        for (int lane = 0; lane < lanes; lane++) b->codes[i * b->rows + row + lane] = (uint8_t)code[i][lane];
+    }
+    for (int group = 0; group < b->groups; group++) {
+        store(b->scale + group * b->rows + row, scale[group], lanes);
+        for (int lane = 0; lane < lanes; lane++) b->selector[group * b->rows + row + lane] = second[group][lane] != 0;
+    }
+}
+
+// Sizes and layouts are checked by the caller: columns and groups are 1 .. MOST_COLUMNS, every group has a column.
+__attribute__((visibility("default")))
+void aaac_round_block(float *target, const float *factor, const float *metric, const float *root, const float *books,
+                      const float *candidates, const int32_t *ends, float *scale, uint8_t *selector, uint8_t *codes,
+                      int64_t rows, int columns, int groups, int count, int sweeps, int threads) {
+    Block block = {.target = target, .factor = factor, .metric = metric, .root = root, .candidates = candidates,
+                   .ends = ends, .scale = scale, .selector = selector, .codes = codes, .rows = rows,
+                   .columns = columns, .groups = groups, .count = count, .sweeps = sweeps};
+    memcpy(block.books.entry, books, sizeof block.books.entry);
+    for (int book = 0; book < 2; book++)
+        for (int i = 0; i < 15; i++)
+            block.books.middle[book][i] = (block.books.entry[book][i] + block.books.entry[book][i + 1]) * 0.5f;
+    pool_run(threads, (rows + LANES - 1) / LANES, round_rows, &block);
+}

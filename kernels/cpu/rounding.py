@@ -1,0 +1,95 @@
+"""Rounding of blocks of columns on the CPU, for the encoder: the binding of `rounding.c`.
+
+The library is compiled when the package is installed. Without it the encoder works with PyTorch alone, and slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Most columns of a block.
+MOST_COLUMNS = 256
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None after one warning."""
+    if os.environ.get("AAAC_CPU_ISA") == "none":
+        return None
+    try:
+        path = next(Path(__file__).parent.glob("_rounding*.so"))
+        found = ctypes.CDLL(str(path))
+    except (StopIteration, OSError) as error:
+        reason = "is missing" if isinstance(error, StopIteration) else f"cannot be loaded ({error})"
+        logger.warning(
+            "the encoder's C library %s: second-order rounding on the CPU takes about twenty times longer. Install a C "
+            "compiler (gcc or clang), then reinstall aaac_ao: pip install --force-reinstall --no-deps aaac_ao (or -e . "
+            "in its repository)",
+            reason,
+        )
+        return None
+    found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
+    found.aaac_round_block.restype = None
+    return found
+
+
+def round_block(
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    metric: torch.Tensor,
+    root: torch.Tensor,
+    codebooks: torch.Tensor,
+    candidates: torch.Tensor,
+    ends: torch.Tensor,
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, selectors, scales and errors of a block; see `aaac_ao.encode.rounding.round_block`.
+
+    Args:
+        target: [B, N] fp32 on the CPU, B <= `MOST_COLUMNS`.
+        factor: [B, B] fp32, upper.
+        metric: [B, B] fp32.
+        root: [B, B] fp32, lower.
+        codebooks: [2, 16] fp32, ascending.
+        candidates: [count, groups, N] fp32.
+        ends: [groups + 1] int32, from 0 to B and rising.
+        sweeps: passes of coordinate descent.
+
+    Returns:
+        Codes uint8 [B, N], selectors uint8 [groups, N], scales fp32 [groups, N], root @ error fp32 [B, N].
+
+    Raises:
+        ValueError: sizes, dtypes or devices that do not fit.
+    """
+    columns, rows = target.shape
+    count, groups = candidates.shape[:2]
+    shapes = {"factor": (factor, (columns, columns)), "metric": (metric, (columns, columns))}
+    shapes |= {"root": (root, (columns, columns)), "codebooks": (codebooks, (2, 16))}
+    shapes |= {"candidates": (candidates, (count, groups, rows))}
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be fp32 {list(shape)} on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if not 1 <= columns <= MOST_COLUMNS or target.dtype != torch.float32 or count == 0:
+        raise ValueError(f"no block: target {target.dtype} {list(target.shape)}, {count} candidates")
+    steps = ends.diff()
+    if ends.dtype != torch.int32 or len(ends) != groups + 1 or ends[0] != 0 or ends[-1] != columns or steps.min() < 1:
+        raise ValueError(f"ends must be int32 and rise from 0 to {columns} in {groups} steps, got {ends.tolist()}")
+    errors = target.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    selector = torch.empty(groups, rows, dtype=torch.uint8)
+    scale = torch.empty(groups, rows, dtype=torch.float32)
+    inputs = [tensor.contiguous() for tensor in (factor, metric, root, codebooks, candidates, ends)]
+    pointers = [tensor.data_ptr() for tensor in (errors, *inputs, scale, selector, codes)]
+    library().aaac_round_block(*pointers, rows, columns, groups, count, sweeps, torch.get_num_threads())
+    return codes, selector, scale, errors
