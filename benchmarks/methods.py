@@ -39,6 +39,19 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC gptq", {"rounding": "gptq"}, {"propagate": "quantized"}),
     ("AAAC gptq + awq", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}),
 )
+#: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
+_REST = ("choice", "sweeps", "descent", "fit")
+ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
+    ("two learned books", {"rounding": "nearest", "scale_search": False}, {}, ()),
+    ("+ scale search", {"rounding": "nearest"}, {}, ()),
+    ("+ feedback", {"rounding": "gptq"}, {"propagate": "original"}, _REST),
+    ("+ scales and books chosen in it", {"rounding": "gptq"}, {"propagate": "original"}, _REST[1:]),
+    ("+ descent inside blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[2:]),
+    ("+ descent over blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[3:]),
+    ("+ least-squares books and scales", {"rounding": "gptq"}, {"propagate": "original"}, ()),
+    ("+ corrected for layers before", {"rounding": "gptq"}, {"propagate": "quantized"}, ()),
+    ("+ AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}, ()),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Method:
         environment: name of the peers' environment it runs in; None: this one.
         flags: flags of its interpreter.
         note: what a reader of its figures must know.
+        ablation: whether it is there to show what a step adds.
     """
 
     name: str
@@ -64,6 +78,7 @@ class Method:
     environment: str | None = None
     flags: tuple[str, ...] = ()
     note: str = ""
+    ablation: bool = False
 
     @property
     def key(self) -> str:
@@ -90,20 +105,38 @@ def our_methods(settings: Iterable[str]) -> list[Method]:
     return methods
 
 
+def ablation_methods(settings: Iterable[str]) -> list[Method]:
+    """All lines of `ABLATION` in the given settings."""
+    methods = []
+    for setting in settings:
+        format_name, group_size, _ = SETTINGS[setting]
+        for name, fields, calibrate, without in ABLATION:
+            config = {"format": format_name, "group_size": group_size, **fields}
+            options = {"config": config, "calibrate": calibrate, "without": list(without)}
+            methods.append(Method(name, setting, "ours.py", options, uses_data=True, ablation=True))
+    return methods
+
+
 def choose(methods: Iterable[Method], patterns: Iterable[str]) -> list[Method]:
-    """The methods that any pattern selects: "all", "ours", "peers", or a key with wildcards such as "aaac*".
+    """The methods that any pattern selects: "all" (without the ablation), "ours", "peers", "ablation", or a key with
+    wildcards such as "aaac*".
 
     Raises:
         ValueError: a pattern that selects nothing.
     """
     methods = list(methods)
-    chosen = []
+    regular, chosen = [method for method in methods if not method.ablation], []
+    groups = {
+        "all": regular,
+        "ours": [method for method in regular if method.ours],
+        "peers": [method for method in regular if not method.ours],
+        "ablation": [method for method in methods if method.ablation],
+    }
     for pattern in patterns:
-        groups = {"all": methods, "ours": [m for m in methods if m.ours], "peers": [m for m in methods if not m.ours]}
-        found = groups.get(pattern) or [m for m in methods if fnmatch(m.key, pattern.lower())]
+        found = groups.get(pattern) or [m for m in regular if fnmatch(m.key, pattern.lower())]
         if not found:
-            known = sorted({m.key for m in methods})
-            raise ValueError(f"no method matches {pattern!r}; use all, ours, peers or one of: {', '.join(known)}")
+            known = ", ".join(sorted({m.key for m in regular}))
+            raise ValueError(f"no method matches {pattern!r}; use all, ours, peers, ablation or one of: {known}")
         chosen += found
     return [method for method in methods if method in chosen]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import peer_job
@@ -10,12 +11,32 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, calibrate_
+from aaac_ao.encode import rounding, second_order
 
 BATCH = 8
 
 
+def _leave_fits_out() -> None:
+    second_order.SecondOrder._with_fitted_books = lambda self, weight, encoding, config: encoding
+    second_order.fit_scales = lambda weight, hessian, grid, *_: grid.scale
+
+
+#: How to leave a step of second-order rounding out, to see what it adds.
+STEPS: dict[str, Callable[[], None]] = {
+    "choice": lambda: setattr(second_order, "FEEDBACK_SCALES", (0, 0.0)),
+    "sweeps": lambda: setattr(rounding, "SWEEPS", 0),
+    "descent": lambda: setattr(second_order, "descend", lambda weight, hessian, grid, codes, _: (grid, codes)),
+    "fit": _leave_fits_out,
+}
+
+
 def quantise(model: nn.Module, job: peer_job.Job) -> None:
-    """Quantise in place; options: `config` for AAACConfig, `calibrate` for calibrate_, None there for no data."""
+    """Quantise in place.
+
+    Options: `config` for AAACConfig; `calibrate` for calibrate_, None there for no data; `without`, the steps left out.
+    """
+    for step in job.options.get("without", ()):
+        STEPS[step]()
     config = AAACConfig(**job.options["config"])
     arguments: dict[str, Any] | None = job.options["calibrate"]
     if arguments is None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from aaac_ao.evaluate import Evaluation, evaluate
 from benchmarks import quality_report
-from benchmarks.methods import SETTINGS, Method, choose, our_methods, with_baselines
+from benchmarks.methods import SETTINGS, Method, ablation_methods, choose, our_methods, with_baselines
 from benchmarks.peer_job import CHECK_WINDOWS, loss_of
 from benchmarks.peers import PEERS, interpreter
 from benchmarks.subjects import DEMO, Replayed, Subject, load
@@ -138,7 +138,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[DEMO], help=f"{DEMO}, or directories in transformers' format")
-    parser.add_argument("--methods", nargs="+", default=["all"], help='all, ours, peers, or keys such as "aaac*" "rtn"')
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], help='all, ours, peers, ablation, or keys like "aaac*"'
+    )
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="of our methods")
     parser.add_argument("--windows", type=_positive, default=64, help="evaluation windows of 512 tokens")
     parser.add_argument("--calibration-windows", type=_positive, default=256)
@@ -166,7 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plot is not None:
         quality_report.require_matplotlib()
     try:
-        methods = with_baselines(choose([*our_methods(args.settings), *PEERS], args.methods))
+        methods = with_baselines(
+            choose([*our_methods(args.settings), *ablation_methods(args.settings), *PEERS], args.methods)
+        )
         subjects = [load(name, args.windows, args.text, args.calibration_text) for name in args.models]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

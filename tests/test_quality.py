@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from aaac_ao import AAACConfig
+from aaac_ao import AAACConfig, Statistics
+from aaac_ao.encode import encode, rounding, second_order
 from aaac_ao.evaluate import evaluate, windows_of
 from benchmarks import methods, peer_job, peers, quality, quality_report, subjects
 
@@ -33,7 +34,9 @@ def test_methods_are_valid_and_chosen_by_key():
         assert (Path(quality.__file__).parent / method.script).is_file()
         if method.ours:
             assert AAACConfig(**method.options["config"]).group_size == int(method.setting.split("-g")[1])
-    assert methods.choose(every, ["all"]) == every
+    with_ablation = [*every, *methods.ablation_methods(methods.SETTINGS)]
+    assert methods.choose(with_ablation, ["all"]) == every
+    assert all(m.ablation for m in methods.choose(with_ablation, ["ablation"]))
     assert methods.choose(every, ["peers", "ours"]) == every
     assert {m.name for m in methods.choose(every, ["AAAC-*-awq"])} == {"AAAC nearest + awq", "AAAC gptq + awq"}
     with pytest.raises(ValueError, match=r"no method matches 'nope'.*auto-round"):
@@ -186,6 +189,27 @@ def test_our_script_hands_back_what_it_made(subject, monkeypatch):
     rows, columns = before[f"{down}.weight"].shape
     groups = math.ceil(columns / 16)
     assert found.stored_bytes[down] >= rows * (columns / 2 + groups) + 64 + 4
+
+
+def test_steps_that_are_left_out_are_missed(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(quality.__file__).parent))
+    ours = importlib.import_module("ours")
+    used = {name: getattr(second_order, name) for name in ("FEEDBACK_SCALES", "descend", "fit_scales")}
+    for module, name, value in (
+        *((second_order, name, value) for name, value in used.items()),
+        (rounding, "SWEEPS", rounding.SWEEPS),
+        (second_order.SecondOrder, "_with_fitted_books", second_order.SecondOrder._with_fitted_books),
+    ):
+        monkeypatch.setattr(module, name, value)  # puts it back at the end
+    x = torch.randn(600, 192) @ (torch.eye(192) + torch.randn(192, 192) / 192**0.5)
+    weight, errors = torch.randn(128, 192), []
+    for step in (None, "fit", "descent", "sweeps", "choice"):
+        if step is not None:
+            ours.STEPS[step]()
+        statistics = Statistics(x.square().mean(0), len(x), x.T @ x / len(x))
+        errors.append(float(encode(weight, AAACConfig(group_size=64, rounding="gptq"), statistics).error))
+    assert len(ours.STEPS) == 4
+    assert all(more > 1.002 * fewer for fewer, more in zip(errors, errors[1:], strict=False))
 
 
 def test_a_run_in_child_processes(subject, monkeypatch, tmp_path):
