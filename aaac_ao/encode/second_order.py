@@ -97,7 +97,7 @@ class SecondOrder:
         Returns:
             An encoding that is not worse, with its error under H, and the error of the start, fp64 0-D.
         """
-        tried = [self._with_error(weight, start, config)]
+        start = self._with_error(weight, start, config)
 
         def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             around = _candidates(start, config, *FEEDBACK_SCALES)
@@ -111,11 +111,10 @@ class SecondOrder:
             return descend(w, self.damped, grid, codes, _candidates(start, config, *LAST_SCALES))
 
         rounded = _by_rows(weight, start, config, first)
-        tried.append(self._with_error(weight, rounded, config))
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
-        tried.append(self._with_error(weight, _by_rows(weight, rounded, config, last), config))
-        return min(tried, key=lambda encoding: float(encoding.error)), tried[0].error
+        rounded = self._with_error(weight, _by_rows(weight, rounded, config, last), config)
+        return rounded if bool(rounded.error < start.error) else start, start.error
 
     def _with_error(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
         errors = []
