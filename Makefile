@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PEERS := $(patsubst benchmarks/environments/%.txt,.venv-peers/%/.installed,$(wildcard benchmarks/environments/*.txt))
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench peers clean
+.PHONY: demo test lint bench peers sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/aaac-ao demo
@@ -35,7 +35,14 @@ peers: $(PEERS)
 	.venv-peers/$*/bin/python $(PIP) $$(grep '^torch==' constraints.txt) -r $<
 	touch $@
 
-$(STAMP): pyproject.toml constraints.txt
+# The C kernel under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
+sanitize:
+	mkdir -p build
+	$(CC) -g -O1 -std=gnu11 -ffp-contract=off -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  -pthread tests/cpu_kernel_sanitize.c -o build/cpu_kernel_sanitize -lm
+	build/cpu_kernel_sanitize
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -c constraints.txt torch

@@ -9,8 +9,8 @@ K in_features, all of them take the stored parts of an `AAACTensor`:
     per_tensor_scale  fp32 0-D, or None
 
 The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU few tokens are
-multiplied by a compiled kernel that reads the stored bytes (see `cpu_mode`); for many tokens the weight is decoded to fp32
-in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
+multiplied by a compiled kernel that reads the stored bytes (see `cpu_mode`); for many tokens the weight is decoded to
+fp32 in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def cpu_mode(mode: str) -> contextlib.AbstractContextManager[None]:
     - "int8": 7 or 8 bits for the inputs, 8 for the books; the error is about 1e-2. Faster.
     - "exact": fp32.
 
-    Many tokens are multiplied in fp32 in every mode. The mode is that of the thread that calls the op, when it is called:
-    a compiled model follows it without being compiled anew. Enter the context around compiled code, not inside of it.
+    Many tokens are multiplied in fp32 in every mode. The mode is that of the thread that calls the op, when it is
+    called: a compiled model follows it without being compiled anew. Enter the context around compiled code, not inside.
 
     Raises:
         ValueError: an unknown mode.

@@ -23,9 +23,9 @@ from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor
 
-# construction and reading
-
 pytestmark = pytest.mark.usefixtures("exact")
+
+# construction and reading
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

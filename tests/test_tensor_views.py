@@ -14,9 +14,9 @@ from torch import nn
 
 from aaac_ao import AAACTensor
 
-# views
-
 pytestmark = pytest.mark.usefixtures("exact")
+
+# views
 
 
 def test_transposes(kind):

@@ -1,8 +1,8 @@
 """The CPU kernel: a shared library in C, compiled when the package is installed, and its binding.
 
-It runs on the stored tiles, so a weight exists once. Three paths (AVX-512, AVX2, plain C) share one interface; the best one
-that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the environment asks for less: "avx2",
-"plain", or "none" to do without the library.
+It runs on the stored tiles, so a weight exists once. Three paths (AVX-512, AVX2, plain C) share one interface; the best
+one that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the environment asks for less:
+"avx2", "plain", or "none" to do without the library.
 
 Sizes, dtypes and strides are checked here, before a pointer leaves Python. The calls release the GIL.
 """
@@ -42,16 +42,14 @@ _X = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library with its signatures, or None after one warning."""
-    if os.environ.get("AAAC_CPU_ISA") == "none":
-        return None
     try:
         path = next(Path(__file__).parent.glob("_linear*.so"))
         library = ctypes.CDLL(str(path))
     except (StopIteration, OSError) as error:
         reason = "is missing" if isinstance(error, StopIteration) else f"cannot be loaded ({error})"
         logger.warning(
-            "the CPU kernel of aaac_ao %s: linear layers on the CPU decode their weights at every call, which is up to a "
-            "hundred times slower. Install a C compiler (gcc or clang), then reinstall aaac_ao: "
+            "the CPU kernel of aaac_ao %s: linear layers on the CPU decode their weights at every call, which is up "
+            "to a hundred times slower. Install a C compiler (gcc or clang), then reinstall aaac_ao: "
             "pip install --force-reinstall --no-deps aaac_ao (or -e . in its repository)",
             reason,
         )
@@ -68,10 +66,14 @@ def best_isa() -> str | None:
     Raises:
         ValueError: `AAAC_CPU_ISA` names none, or one that this machine lacks.
     """
+    return _choose_isa()
+
+
+def _choose_isa() -> str | None:
     wanted = os.environ.get("AAAC_CPU_ISA")
     if wanted not in (None, "", "none", *ISAS):
         raise ValueError(f"AAAC_CPU_ISA must be one of {', '.join(ISAS)} or none, got {wanted!r}")
-    library = _library()
+    library = None if wanted == "none" else _library()
     if library is None:
         return None
     best = ISAS[library.aaac_best_isa()]
@@ -112,8 +114,8 @@ def linear(
         per_tensor_scale: fp32, one number, or None.
         group_size: weights per scale along K; 16, 32 or a multiple of 64.
         bias: [N], any float dtype, or None.
-        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits and the books to 14, "int8" the inputs to 8 bits
-            (7 with AVX2) and the books to 8. Tokens that are not finite or tiny are computed in fp32 in every mode.
+        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits and the books to 14, "int8" the inputs to 8
+            bits (7 with AVX2) and the books to 8. Tokens that are not finite or tiny are always computed in fp32.
         isa: one of `ISAS`; None: the best.
 
     Returns:
@@ -122,8 +124,8 @@ def linear(
     Raises:
         ValueError: a dtype, shape or stride the kernel does not take, an unknown mode, or no such instruction set.
     """
-    if x.dim() != 2 or x.dtype not in _TYPES:
-        raise ValueError(f"x must be 2-D fp32 or bf16, got {x.dim()}-D {x.dtype}")
+    if x.dim() != 2 or x.dtype not in _TYPES or not x.is_cpu:
+        raise ValueError(f"x must be 2-D fp32 or bf16 and on the CPU, got {x.dim()}-D {x.dtype} on {x.device}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     tokens, in_features = x.shape
@@ -131,12 +133,12 @@ def linear(
     weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
     out_features = scale.shape[0]
     if bias is not None:
-        if tuple(bias.shape) != (out_features,) or bias.is_cpu is False:
+        if tuple(bias.shape) != (out_features,) or not bias.is_cpu:
             raise ValueError(
                 f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}"
             )
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    x = x if x.stride(1) == 1 and x.stride(0) >= 0 and _aligned(x) else x.contiguous().clone()
+    x = x if x.stride(1) == 1 and _aligned(x) else x.contiguous().clone()
     y = x.new_empty(tokens, out_features)
     if y.numel() == 0:
         return y
@@ -220,7 +222,10 @@ def _aligned(tensor: torch.Tensor) -> bool:
 
 
 def _isa_index(isa: str | None) -> int:
-    return ISAS.index(best_isa() if isa is None else isa)
+    isa = best_isa() if isa is None else isa
+    if isa not in ISAS:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
+    return ISAS.index(isa)
 
 
 def _check_status(status: int) -> None:
