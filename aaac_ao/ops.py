@@ -8,9 +8,9 @@ K in_features, all of them take the stored parts of an `AAACTensor`:
     codebooks         bf16 [2, 16]
     per_tensor_scale  fp32 0-D, or None
 
-The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU few tokens are
-multiplied by a compiled kernel that reads the stored bytes (see `cpu_mode`); for many tokens the weight is decoded to
-fp32 in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
+The weight is w[n, k] = per_tensor_scale * |scale| * codebooks[sign bit of scale][code]. On the CPU a compiled kernel
+multiplies by the stored bytes (see `cpu_mode`). Where it is missing or not the fastest, the weight is decoded to fp32
+in chunks of rows, so that a call never holds more than about 32 MB beyond its inputs and its result.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def _cpu():
 
 
 def cpu_mode(mode: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which `aaac_ao::linear` on the CPU uses another arithmetic for few tokens.
+    """A context in which `aaac_ao::linear` on the CPU uses another arithmetic.
 
     - "int16", the default outside of any context: inputs as 16-bit integers with a scale for every 8 of them, books as
       14-bit ones. The error is about 1e-4 of the output, a tenth of what rounding the inputs to bf16 costs.
     - "int8": 7 or 8 bits for the inputs, 8 for the books; the error is about 1e-2. Faster.
     - "exact": fp32.
 
-    Many tokens are multiplied in fp32 in every mode. The mode is that of the thread that calls the op, when it is
-    called: a compiled model follows it without being compiled anew. Enter the context around compiled code, not inside.
+    The mode is that of the thread that calls the op, when it is called: a compiled model follows it without being
+    compiled anew. Enter the context around compiled code, not inside of it. Without AVX2, and in layers that the kernel
+    does not take, every mode is exact.
 
     Raises:
         ValueError: an unknown mode.

@@ -28,14 +28,17 @@ typedef struct {
 static const float tensor_scale = 0.75f;
 
 static Sample make_sample(int64_t rows, int64_t columns, int64_t group_size, int scale_type) {
-    Sample s = {rows, columns, group_size, (columns + group_size - 1) / group_size, (columns + 63) / 64, scale_type, 0, 0, {0}, 0};
+    Sample s = {rows, columns, group_size, (columns + group_size - 1) / group_size, (columns + 63) / 64, scale_type, 0,
+                0,    {0},     0};
     const size_t bytes = (size_t)((rows + 15) / 16 * s.tiles * TILE_BYTES);
     s.qdata = take(bytes);
     for (size_t i = 0; i < bytes; i++) s.qdata[i] = (uint8_t)(uniform() * 128 + 128);
     s.scale = take((size_t)(rows * s.groups * (scale_type == SCALE_BF16 ? 2 : 1)));
     for (int64_t i = 0; i < rows * s.groups; i++) {
-        if (scale_type == SCALE_BF16) store_number(s.scale, TYPE_BF16, i, i % 11 ? (float)uniform() : -0.0f);
-        else s.scale[i] = (uint8_t)(i % 11 ? (i * 37 % 127) | (i & 1) << 7 : 0x80);
+        if (scale_type == SCALE_BF16)
+            store_number(s.scale, TYPE_BF16, i, i % 11 ? (float)uniform() : -0.0f);
+        else
+            s.scale[i] = (uint8_t)(i % 11 ? (i * 37 % 127) | (i & 1) << 7 : 0x80);
     }
     for (int i = 0; i < 32; i++) store_number(s.books, TYPE_BF16, i, (float)uniform());
     s.dense = take((size_t)(rows * columns) * sizeof(double));
@@ -71,9 +74,9 @@ static void check_linear(const Sample *s, int isa, int mode, int64_t tokens, int
     for (int64_t i = 0; i < tokens * s->columns; i++) store_number(x, type, i, (float)uniform());
     for (int64_t i = 0; i < s->rows; i++) bias[i] = (float)uniform();
     const int64_t scale_stride = s->groups * (s->scale_type == SCALE_BF16 ? 2 : 1);
-    const int status = aaac_linear(isa, mode, threads, x, type, s->columns, tokens, s->qdata, s->tiles * TILE_BYTES, s->scale,
-                                   scale_stride, s->scale_type, s->books, &tensor_scale, s->group_size, s->rows, s->columns, bias,
-                                   TYPE_FP32, y);
+    const int status = aaac_linear(isa, mode, threads, x, type, s->columns, tokens, s->qdata, s->tiles * TILE_BYTES,
+                                   s->scale, scale_stride, s->scale_type, s->books, &tensor_scale, s->group_size,
+                                   s->rows, s->columns, bias, TYPE_FP32, y);
     check("status", s, isa, mode, tokens, status, 0);
     for (int64_t m = 0; m < tokens; m++)
         for (int64_t n = 0; n < s->rows; n++) {
@@ -91,8 +94,8 @@ static void check_linear(const Sample *s, int isa, int mode, int64_t tokens, int
 static void check_dequantize(const Sample *s, int isa) {
     float *w = take((size_t)(s->rows * s->columns) * 4);
     const int64_t scale_stride = s->groups * (s->scale_type == SCALE_BF16 ? 2 : 1);
-    const int status = aaac_dequantize(isa, 2, s->qdata, s->tiles * TILE_BYTES, s->scale, scale_stride, s->scale_type, s->books,
-                                       &tensor_scale, s->group_size, s->rows, s->columns, w);
+    const int status = aaac_dequantize(isa, 2, s->qdata, s->tiles * TILE_BYTES, s->scale, scale_stride, s->scale_type,
+                                       s->books, &tensor_scale, s->group_size, s->rows, s->columns, w);
     check("status", s, isa, 0, 0, status, 0);
     for (int64_t i = 0; i < s->rows * s->columns; i++)
         check("dequantize", s, isa, 0, 0, fabs(w[i] - s->dense[i]), fabs(s->dense[i]) * 2e-7);

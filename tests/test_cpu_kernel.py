@@ -291,12 +291,16 @@ def test_cpu_mode():
         cpu_mode("fp8")
 
 
-def test_many_tokens_are_multiplied_in_fp32(isa, kind):
+def test_beyond_the_crossover(isa, kind):
+    """More tokens than the kernel is fastest for are multiplied in fp32, in every mode."""
     s = sample(40, 200, *kind)
-    x = torch.randn(max(cpu.MOST_TOKENS[isa].values()) + 1, 200)
     for mode in cpu.MODES:
-        with cpu_mode(mode):
-            assert_product(ops.linear(x, *s.parts, s.group_size, None), x, s.dense())
+        if cpu.most_tokens(mode) == cpu.ANY:
+            continue
+        for tokens in (cpu.most_tokens(mode), cpu.most_tokens(mode) + 1):
+            x = torch.randn(tokens, 200)
+            with cpu_mode(mode):
+                assert_product(ops.linear(x, *s.parts, s.group_size, None), x, s.dense())
 
 
 def test_without_the_library(kind, monkeypatch, tmp_path, caplog):

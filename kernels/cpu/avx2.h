@@ -1,5 +1,6 @@
-// AVX2: a line of a stored tile is 64 bytes, the words (t, c, h) of 8 codes of rows g and g + 8. Two shuffles sort it into
-// the codes of either row, 32 bytes each; tables of 16 bytes then give the low and the high bytes of their book entries.
+// AVX2: a line of a stored tile is 64 bytes, the words (t, c, h) of 8 codes of rows g and g + 8. Two shuffles sort it
+// into the codes of either row, 32 bytes each; tables of 16 bytes then give the low and the high bytes of their book
+// entries.
 //
 // Word order of a row, 4 words in each 128-bit half ("word" w = 4 c + t is columns 8 w .. 8 w + 7 of the tile):
 //   groups of 64 and more:  0 4 2 6 | 1 5 3 7
@@ -22,7 +23,9 @@ static const int avx2_bytes_per_tile[] = {256, 160, 128};
 
 AVX2_INLINE __m256i avx2_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
-AVX2_INLINE __m256i avx2_twice(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+AVX2_INLINE __m256i avx2_twice(const void *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
 
 INLINE const uint8_t *avx2_order(int G) {
     static const uint8_t order[3][8] = {{0, 4, 2, 6, 1, 5, 3, 7}, {0, 2, 1, 3, 4, 6, 5, 7}, {0, 4, 1, 5, 2, 6, 3, 7}};
@@ -63,7 +66,8 @@ AVX2 static void avx2_pack_exact(const float *x, const uint8_t *order, uint8_t *
     for (int d = 0; d < 4; d++) {
         const float *low = x + 8 * order[d], *high = x + 8 * order[4 + d];
         const __m256 first = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
-        const __m256 last = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+        const __m256 last =
+            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
         _mm256_storeu_ps((float *)(out + 32 * d), _mm256_shuffle_ps(first, last, 0x88));
         _mm256_storeu_ps((float *)(out + 32 * (4 + d)), _mm256_shuffle_ps(first, last, 0xDD));
     }
@@ -71,8 +75,8 @@ AVX2 static void avx2_pack_exact(const float *x, const uint8_t *order, uint8_t *
 
 // Two words of int16 (in halves: first four columns of both, last four of both) -> [even columns | odd columns].
 AVX2_INLINE __m256i avx2_even_odd(__m256i words) {
-    const __m256i pairs = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,
-                                           2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i pairs = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12,
+                                           13, 2, 3, 6, 7, 10, 11, 14, 15);
     return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(words, pairs), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
@@ -102,8 +106,8 @@ AVX2 static void avx2_pack_int16(const float *x, const uint8_t *order, float uni
     _mm256_storeu_ps((float *)(out + 128), _mm256_mul_ps(steps, _mm256_set1_ps(unit / 32767.0f)));
 }
 
-// The weights are used with 128 added, so that pairs of products with 7-bit inputs fit 16 bits; -128 times the sum of the
-// inputs takes that out again. A block that shares a scale is a word.
+// The weights are used with 128 added, so that pairs of products with 7-bit inputs fit 16 bits; -128 times the sum of
+// the inputs takes that out again. A block that shares a scale is a word.
 AVX2 static void avx2_pack_int8(const float *x, const uint8_t *order, float unit, uint8_t *out) {
     __m256i even[2], odd[2];
     __m256 steps = _mm256_setzero_ps();
@@ -120,9 +124,9 @@ AVX2 static void avx2_pack_int8(const float *x, const uint8_t *order, float unit
         }
         // bytes of columns 0 .. 3 of the four words, and of columns 4 .. 7
         const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-        const __m256i sorted = _mm256_shuffle_epi8(
-            bytes, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3,
-                                    5, 7, 9, 11, 13, 15));
+        const __m256i sorted =
+            _mm256_shuffle_epi8(bytes, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4,
+                                                        6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
         const __m128i first = _mm256_castsi256_si128(sorted), last = _mm256_extracti128_si256(sorted, 1);
         const __m256i e = _mm256_castsi128_si256(_mm_unpacklo_epi16(first, last));
         const __m256i o = _mm256_castsi128_si256(_mm_unpackhi_epi16(first, last));
@@ -141,16 +145,18 @@ AVX2 static void avx2_pack_int8(const float *x, const uint8_t *order, float unit
 
 // scales and books
 
-// Signed scales of two rows in one tile, one for each 32-bit lane of a row: for words, or (sums of 16-bit products) for two
-// lanes that see words 0 and 2 of a half, then two that see words 1 and 3.
-AVX2_INLINE void avx2_scales(const uint8_t *const p[2], const int G, const int type, const int words, __m256 scales[2]) {
+// Signed scales of two rows in one tile, one for each 32-bit lane of a row: for words, or (sums of 16-bit products) for
+// two lanes that see words 0 and 2 of a half, then two that see words 1 and 3.
+AVX2_INLINE void avx2_scales(const uint8_t *const p[2], const int G, const int type, const int words,
+                             __m256 scales[2]) {
     const __m256i spread = G == 1   ? _mm256_setzero_si256()
                            : G == 2 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)
                            : words  ? _mm256_setr_epi32(0, 2, 0, 2, 1, 3, 1, 3)
                                     : _mm256_setr_epi32(0, 0, 2, 2, 1, 1, 3, 3);
     if (type == SCALE_BF16) {
         // bytes 2 i and 2 i + 1 above two of zero
-        const __m256i bytes = _mm256_add_epi32(_mm256_mullo_epi32(spread, _mm256_set1_epi32(0x02020000)), _mm256_set1_epi32(0x0100FFFF));
+        const __m256i bytes =
+            _mm256_add_epi32(_mm256_mullo_epi32(spread, _mm256_set1_epi32(0x02020000)), _mm256_set1_epi32(0x0100FFFF));
         for (int h = 0; h < 2; h++) {
             uint64_t bits = 0;
             memcpy(&bits, p[h], 2 * G);
@@ -206,7 +212,8 @@ AVX2_INLINE __m256 avx2_blend(__m256 zero, __m256 one, __m256 choice) {
 }
 
 // Entries of one plane. For G = 4 the signs of `choice` tell the book of each word, otherwise `book` that of each half.
-AVX2_INLINE __m256i avx2_look(const Avx2Tables *tables, int plane, int book, __m256 choice, __m256i index, const int G) {
+AVX2_INLINE __m256i avx2_look(const Avx2Tables *tables, int plane, int book, __m256 choice, __m256i index,
+                              const int G) {
     if (G != 4) return _mm256_shuffle_epi8(avx2_load(tables->table[plane][book]), index);
     const __m256 zero = _mm256_castsi256_ps(_mm256_shuffle_epi8(avx2_load(tables->table[plane][0]), index));
     const __m256 one = _mm256_castsi256_ps(_mm256_shuffle_epi8(avx2_load(tables->table[plane][3]), index));
@@ -240,8 +247,10 @@ AVX2_INLINE void avx2_entries(const Avx2Tables *tables, __m256i codes, const uin
 // products of one row, tile and token
 
 AVX2_INLINE __m256 avx2_int16(const Avx2Row *row, const uint8_t *x, __m256 total) {
-    const __m256i even = _mm256_madd_epi16(row->even[0], avx2_load(x)), odd = _mm256_madd_epi16(row->odd[0], avx2_load(x + 64));
-    const __m256i even2 = _mm256_madd_epi16(row->even[1], avx2_load(x + 32)), odd2 = _mm256_madd_epi16(row->odd[1], avx2_load(x + 96));
+    const __m256i even = _mm256_madd_epi16(row->even[0], avx2_load(x)),
+                  odd = _mm256_madd_epi16(row->odd[0], avx2_load(x + 64));
+    const __m256i even2 = _mm256_madd_epi16(row->even[1], avx2_load(x + 32)),
+                  odd2 = _mm256_madd_epi16(row->odd[1], avx2_load(x + 96));
     const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(even, odd), _mm256_add_epi32(even2, odd2));
     const __m256 steps = _mm256_loadu_ps((const float *)(x + 128));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(row->scales, steps), total);
@@ -281,9 +290,9 @@ AVX2_INLINE __m256 avx2_product(const Avx2Row *row, const uint8_t *x, __m256 tot
 }
 
 // Add the tiles first .. last - 1 of a tile row to totals [line][token][2][8]; `scales` are those of its 16 rows.
-AVX2_INLINE void avx2_tiles(const Weight *w, const Avx2Tables *tables, const uint8_t *codes, const uint8_t *const *scales,
-                            const Packed *x, int64_t first, int64_t last, float *totals, const int mode, const int G,
-                            const int type, const int64_t tokens) {
+AVX2_INLINE void avx2_tiles(const Weight *w, const Avx2Tables *tables, const uint8_t *codes,
+                            const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last, float *totals,
+                            const int mode, const int G, const int type, const int64_t tokens) {
     const int bytes = avx2_bytes_per_tile[mode];
     for (int64_t tile = first; tile < last; tile++) {
         const uint8_t *line = codes + tile * TILE_BYTES, *inputs = x->data + tile * tokens * bytes;
@@ -310,26 +319,28 @@ AVX2_INLINE void avx2_tiles(const Weight *w, const Avx2Tables *tables, const uin
     }
 }
 
-#define AVX2_KIND(mode, G, type)                                                                                         \
-    AVX2 static void avx2_##mode##_##G##_##type(const Weight *w, const Avx2Tables *tables, const uint8_t *codes,             \
-                                                const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last,  \
-                                                float *totals) {                                                             \
-        if (x->tokens == 1) avx2_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, 1);                  \
-        else avx2_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, x->tokens);                         \
+#define AVX2_KIND(mode, G, type)                                                                                       \
+    AVX2 static void avx2_##mode##_##G##_##type(const Weight *w, const Avx2Tables *tables, const uint8_t *codes,       \
+                                                const uint8_t *const *scales, const Packed *x, int64_t first,          \
+                                                int64_t last, float *totals) {                                         \
+        if (x->tokens == 1)                                                                                            \
+            avx2_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, 1);                            \
+        else                                                                                                           \
+            avx2_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, x->tokens);                    \
     }
-#define AVX2_KINDS(mode)                                                                                                 \
-    AVX2_KIND(mode, 1, SCALE_BF16)                                                                                       \
-    AVX2_KIND(mode, 2, SCALE_BF16)                                                                                       \
-    AVX2_KIND(mode, 4, SCALE_BF16)                                                                                       \
-    AVX2_KIND(mode, 1, SCALE_E4M3)                                                                                       \
-    AVX2_KIND(mode, 2, SCALE_E4M3)                                                                                       \
+#define AVX2_KINDS(mode)                                                                                               \
+    AVX2_KIND(mode, 1, SCALE_BF16)                                                                                     \
+    AVX2_KIND(mode, 2, SCALE_BF16)                                                                                     \
+    AVX2_KIND(mode, 4, SCALE_BF16)                                                                                     \
+    AVX2_KIND(mode, 1, SCALE_E4M3)                                                                                     \
+    AVX2_KIND(mode, 2, SCALE_E4M3)                                                                                     \
     AVX2_KIND(mode, 4, SCALE_E4M3)
 AVX2_KINDS(MODE_EXACT)
 AVX2_KINDS(MODE_INT16)
 AVX2_KINDS(MODE_INT8)
 
-typedef void (*Avx2Kernel)(const Weight *, const Avx2Tables *, const uint8_t *, const uint8_t *const *, const Packed *, int64_t,
-                           int64_t, float *);
+typedef void (*Avx2Kernel)(const Weight *, const Avx2Tables *, const uint8_t *, const uint8_t *const *, const Packed *,
+                           int64_t, int64_t, float *);
 
 // [mode][scale type][log2 of the groups per tile]
 #define AVX2_ROW(mode, type) {avx2_##mode##_1_##type, avx2_##mode##_2_##type, avx2_##mode##_4_##type}
@@ -350,7 +361,8 @@ AVX2 static void avx2_sums(const float *totals, int64_t tokens, int64_t m, float
             const __m256 b = _mm256_hadd_ps(_mm256_load_ps(v + 2 * stride), _mm256_load_ps(v + 3 * stride));
             four[i] = _mm256_hadd_ps(a, b);
         }
-        const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20), high = _mm256_permute2f128_ps(four[0], four[1], 0x31);
+        const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20),
+                     high = _mm256_permute2f128_ps(four[0], four[1], 0x31);
         _mm256_storeu_ps(sums + 8 * h, _mm256_add_ps(low, high));
     }
 }
@@ -367,9 +379,11 @@ AVX2_INLINE void avx2_decode_row(const Avx2Tables *tables, __m256i codes, const 
     for (int d = 0; d < 4; d++) {
         const __m256i index = d < 2 ? _mm256_unpacklo_epi8(even, odd) : _mm256_unpackhi_epi8(even, odd);
         const __m256 choice = d < 2 ? _mm256_unpacklo_ps(scales, scales) : _mm256_unpackhi_ps(scales, scales);
-        const __m256i low = avx2_look(tables, 0, book, choice, index, G), high = avx2_look(tables, 1, book, choice, index, G);
+        const __m256i low = avx2_look(tables, 0, book, choice, index, G),
+                      high = avx2_look(tables, 1, book, choice, index, G);
         const __m256i entries = d & 1 ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-        const __m256 scale = d & 1 ? _mm256_movehdup_ps(scales) : _mm256_moveldup_ps(scales); // words d and d + 2 share it
+        const __m256 scale =
+            d & 1 ? _mm256_movehdup_ps(scales) : _mm256_moveldup_ps(scales); // words d and d + 2 share it
         const __m256 a = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, entries)), scale);
         const __m256 b = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, entries)), scale);
         const __m256 factors = _mm256_set1_ps(factor);
@@ -378,9 +392,10 @@ AVX2_INLINE void avx2_decode_row(const Avx2Tables *tables, __m256i codes, const 
     }
 }
 
-// The 16 rows of one tile: out[row][64] with `stride` floats from row to row; `scales` are those of the rows in this tile.
-AVX2_INLINE void avx2_decode_tile(const Avx2Tables *tables, const uint8_t *line, const uint8_t *const *scales, int64_t at,
-                                  float factor, float *out, int64_t stride, const int G, const int type) {
+// The 16 rows of one tile: out[row][64] with `stride` floats from row to row; `scales` are those of the rows in this
+// tile.
+AVX2_INLINE void avx2_decode_tile(const Avx2Tables *tables, const uint8_t *line, const uint8_t *const *scales,
+                                  int64_t at, float factor, float *out, int64_t stride, const int G, const int type) {
     for (int g = 0; g < LINES; g++, line += LINE_BYTES) {
         const uint8_t *const p[2] = {scales[g] + at, scales[g + 8] + at};
         __m256i codes[2];
@@ -392,12 +407,12 @@ AVX2_INLINE void avx2_decode_tile(const Avx2Tables *tables, const uint8_t *line,
     }
 }
 
-AVX2 static void avx2_decode(const Weight *w, const Avx2Tables *tables, const uint8_t *line, const uint8_t *const *scales,
-                             int64_t at, float factor, float *out, int64_t stride) {
-#define AVX2_DECODE(G, type)                                                                                             \
-    if (w->groups_per_tile == G && w->scale_type == type) {                                                              \
-        avx2_decode_tile(tables, line, scales, at, factor, out, stride, G, type);                                        \
-        return;                                                                                                          \
+AVX2 static void avx2_decode(const Weight *w, const Avx2Tables *tables, const uint8_t *line,
+                             const uint8_t *const *scales, int64_t at, float factor, float *out, int64_t stride) {
+#define AVX2_DECODE(G, type)                                                                                           \
+    if (w->groups_per_tile == G && w->scale_type == type) {                                                            \
+        avx2_decode_tile(tables, line, scales, at, factor, out, stride, G, type);                                      \
+        return;                                                                                                        \
     }
     AVX2_DECODE(1, SCALE_BF16)
     AVX2_DECODE(2, SCALE_BF16)

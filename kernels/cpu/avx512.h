@@ -1,5 +1,5 @@
-// AVX-512 (BW, VL, VNNI, VBMI): a line of a stored tile is one vector, the words (t, c, h) of 8 codes of rows g and g + 8.
-// A 32-bit lane is a word from the lookup to the sum: the book is bit 4 of the index into a table of 32 entries.
+// AVX-512 (BW, VL, VNNI, VBMI): a line of a stored tile is one vector, the words (t, c, h) of 8 codes of rows g and g
+// + 8. A 32-bit lane is a word from the lookup to the sum: the book is bit 4 of the index into a table of 32 entries.
 #ifndef AAAC_AVX512_H
 #define AAAC_AVX512_H
 
@@ -26,8 +26,8 @@ AVX512_INLINE __m512 avx512_word_max(__m512 v) {
 
 // Largest magnitudes of the words of a tile, one for each lane, from four vectors that hold those of two words each.
 AVX512_INLINE __m512 avx512_lanes(const __m512 *largest) {
-    const __m512 first = _mm512_mask_blend_ps(0xF0F0, largest[0], largest[1]);  // words 0 2 1 3, four times each
-    const __m512 last = _mm512_mask_blend_ps(0xF0F0, largest[2], largest[3]);   // words 4 6 5 7
+    const __m512 first = _mm512_mask_blend_ps(0xF0F0, largest[0], largest[1]); // words 0 2 1 3, four times each
+    const __m512 last = _mm512_mask_blend_ps(0xF0F0, largest[2], largest[3]);  // words 4 6 5 7
     // lanes (t, c, h) = words 0 0 4 4 1 1 5 5 2 2 6 6 3 3 7 7
     const __m512i from = _mm512_setr_epi32(0, 0, 16, 16, 8, 8, 24, 24, 4, 4, 20, 20, 12, 12, 28, 28);
     return _mm512_permutex2var_ps(first, from, last);
@@ -60,7 +60,8 @@ AVX512 static void avx512_pack_int16(const float *x, float unit, uint8_t *out) {
     }
     // 16-bit lanes of vector 0: columns 0 and 4 of word 0, twice, of word 4, twice, ...
     const __m512i word = _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7);
-    const __m512i first = _mm512_add_epi16(_mm512_mullo_epi32(word, _mm512_set1_epi32(0x00080008)), _mm512_set1_epi32(4 << 16));
+    const __m512i first =
+        _mm512_add_epi16(_mm512_mullo_epi32(word, _mm512_set1_epi32(0x00080008)), _mm512_set1_epi32(4 << 16));
     for (int i = 0; i < 4; i++) {
         const __m512i from = _mm512_add_epi16(first, _mm512_set1_epi16((short)i));
         _mm512_storeu_si512(out + 64 * i, _mm512_permutex2var_epi16(q[0], from, q[1]));
@@ -82,7 +83,8 @@ AVX512 static void avx512_pack_int8(const float *x, float unit, uint8_t *out) {
                      : _mm512_inserti32x4(q, narrow, 3);
     }
     const __m512i word = _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7);
-    const __m512i first = _mm512_add_epi8(_mm512_mullo_epi32(word, _mm512_set1_epi32(0x08080808)), _mm512_set1_epi32(0x06040200));
+    const __m512i first =
+        _mm512_add_epi8(_mm512_mullo_epi32(word, _mm512_set1_epi32(0x08080808)), _mm512_set1_epi32(0x06040200));
     const __m512i even = _mm512_permutexvar_epi8(first, q);
     const __m512i odd = _mm512_permutexvar_epi8(_mm512_add_epi8(first, _mm512_set1_epi8(1)), q);
     const __m512i ones = _mm512_set1_epi8(1);
@@ -152,8 +154,10 @@ AVX512_INLINE Avx512Line avx512_line(__m512i table, __m512i codes, __m512 scales
     line.scales = scales;
     for (int i = 0; i < (mode == MODE_INT8 ? 2 : 4); i++) {
         // bit 4 from `book`, the others from the code
-        const __m512i index = _mm512_ternarylogic_epi32(i ? _mm512_srli_epi16(codes, 4 * (unsigned)i) : codes, book, bit, 0xD8);
-        line.entries[i] = mode == MODE_INT8 ? _mm512_permutexvar_epi8(index, table) : _mm512_permutexvar_epi16(index, table);
+        const __m512i index =
+            _mm512_ternarylogic_epi32(i ? _mm512_srli_epi16(codes, 4 * (unsigned)i) : codes, book, bit, 0xD8);
+        line.entries[i] =
+            mode == MODE_INT8 ? _mm512_permutexvar_epi8(index, table) : _mm512_permutexvar_epi16(index, table);
     }
     return line;
 }
@@ -173,10 +177,13 @@ AVX512_INLINE void avx512_products(const Avx512Line line[2], const uint8_t *x, f
             const __m512i w = line[l].entries[i];
             if (mode == MODE_EXACT) {
                 const __m512i high = _mm512_and_si512(w, _mm512_set1_epi32((int)0xFFFF0000));
-                sum[l] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(inputs), sum[l]);
+                sum[l] =
+                    _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(inputs), sum[l]);
                 sum[l] = _mm512_fmadd_ps(_mm512_castsi512_ps(high), last, sum[l]);
-            } else if (mode == MODE_INT8) sums[l] = _mm512_dpbusd_epi32(sums[l], w, inputs);
-            else sums[l] = _mm512_dpwssd_epi32(sums[l], w, inputs);
+            } else if (mode == MODE_INT8)
+                sums[l] = _mm512_dpbusd_epi32(sums[l], w, inputs);
+            else
+                sums[l] = _mm512_dpwssd_epi32(sums[l], w, inputs);
         }
     }
     if (mode != MODE_EXACT) steps = _mm512_load_ps((const float *)(x + (mode == MODE_INT16 ? 256 : 192)));
@@ -187,10 +194,11 @@ AVX512_INLINE void avx512_products(const Avx512Line line[2], const uint8_t *x, f
     }
 }
 
-// Add the tiles first .. last - 1 of a tile row to totals [pair of lines][token][2][16]; `scales` are those of its 16 rows.
+// Add the tiles first .. last - 1 of a tile row to totals [pair of lines][token][2][16]; `scales` are those of its 16
+// rows.
 AVX512_INLINE void avx512_tiles(const Weight *w, const Avx512Tables *tables, const uint8_t *codes,
-                                const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last, float *totals,
-                                const int mode, const int G, const int type, const int64_t tokens) {
+                                const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last,
+                                float *totals, const int mode, const int G, const int type, const int64_t tokens) {
     const int bytes = avx512_bytes_per_tile[mode];
     const __m512i table = _mm512_loadu_si512(tables->table);
     for (int64_t tile = first; tile < last; tile++) {
@@ -210,26 +218,28 @@ AVX512_INLINE void avx512_tiles(const Weight *w, const Avx512Tables *tables, con
     }
 }
 
-#define AVX512_KIND(mode, G, type)                                                                                         \
-    AVX512 static void avx512_##mode##_##G##_##type(const Weight *w, const Avx512Tables *tables, const uint8_t *codes,             \
-                                                const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last,  \
-                                                float *totals) {                                                             \
-        if (x->tokens == 1) avx512_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, 1);                  \
-        else avx512_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, x->tokens);                         \
+#define AVX512_KIND(mode, G, type)                                                                                     \
+    AVX512 static void avx512_##mode##_##G##_##type(const Weight *w, const Avx512Tables *tables, const uint8_t *codes, \
+                                                    const uint8_t *const *scales, const Packed *x, int64_t first,      \
+                                                    int64_t last, float *totals) {                                     \
+        if (x->tokens == 1)                                                                                            \
+            avx512_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, 1);                          \
+        else                                                                                                           \
+            avx512_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, x->tokens);                  \
     }
-#define AVX512_KINDS(mode)                                                                                                 \
-    AVX512_KIND(mode, 1, SCALE_BF16)                                                                                       \
-    AVX512_KIND(mode, 2, SCALE_BF16)                                                                                       \
-    AVX512_KIND(mode, 4, SCALE_BF16)                                                                                       \
-    AVX512_KIND(mode, 1, SCALE_E4M3)                                                                                       \
-    AVX512_KIND(mode, 2, SCALE_E4M3)                                                                                       \
+#define AVX512_KINDS(mode)                                                                                             \
+    AVX512_KIND(mode, 1, SCALE_BF16)                                                                                   \
+    AVX512_KIND(mode, 2, SCALE_BF16)                                                                                   \
+    AVX512_KIND(mode, 4, SCALE_BF16)                                                                                   \
+    AVX512_KIND(mode, 1, SCALE_E4M3)                                                                                   \
+    AVX512_KIND(mode, 2, SCALE_E4M3)                                                                                   \
     AVX512_KIND(mode, 4, SCALE_E4M3)
 AVX512_KINDS(MODE_EXACT)
 AVX512_KINDS(MODE_INT16)
 AVX512_KINDS(MODE_INT8)
 
-typedef void (*Avx512Kernel)(const Weight *, const Avx512Tables *, const uint8_t *, const uint8_t *const *, const Packed *, int64_t,
-                           int64_t, float *);
+typedef void (*Avx512Kernel)(const Weight *, const Avx512Tables *, const uint8_t *, const uint8_t *const *,
+                             const Packed *, int64_t, int64_t, float *);
 
 // [mode][scale type][log2 of the groups per tile]
 #define AVX512_ROW(mode, type) {avx512_##mode##_1_##type, avx512_##mode##_2_##type, avx512_##mode##_4_##type}
@@ -254,7 +264,8 @@ AVX512 static void avx512_sums(const float *totals, int64_t tokens, int64_t m, f
             const __m256 b = h ? _mm256_shuffle_ps(w[2], w[3], 0xDD) : _mm256_shuffle_ps(w[2], w[3], 0x88);
             four[i] = _mm256_hadd_ps(a, b);
         }
-        const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20), high = _mm256_permute2f128_ps(four[0], four[1], 0x31);
+        const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20),
+                     high = _mm256_permute2f128_ps(four[0], four[1], 0x31);
         _mm256_storeu_ps(sums + 8 * h, _mm256_add_ps(low, high));
     }
 }

@@ -26,7 +26,8 @@ typedef struct {
     int64_t qdata_stride, scale_stride;
     int64_t rows, columns, tiles, group_size;
     int scale_type, scale_bytes, groups_per_tile; // groups_per_tile is 1 for groups of 64 and more
-    float books[2][16];                           // book 1 is negated: the signed scale times it is |scale| times book 1
+    float books[2][16];     // book 1 is negated: the signed scale times it is |scale| times book 1
+    float pairs[2][256][2]; // for plain C: the two entries of every byte of codes
 } Weight;
 
 // Lookup tables for one mode: two byte planes of 16-bit entries, or one of 8-bit entries.

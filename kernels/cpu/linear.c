@@ -23,8 +23,9 @@ EXPORT int aaac_best_isa(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return ISA_PLAIN;
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi"))
         return ISA_AVX512;
     return ISA_AVX2;
 #else
@@ -34,15 +35,20 @@ EXPORT int aaac_best_isa(void) {
 
 // the weight
 
-static Weight make_weight(const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride, int scale_type,
-                          const void *books, int64_t rows, int64_t columns, int64_t group_size) {
-    Weight w = {qdata, scale, qdata_stride, scale_stride, rows, columns, 0, group_size, scale_type, 0, 1, {{0}}};
+static Weight make_weight(const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride,
+                          int scale_type, const void *books, int64_t rows, int64_t columns, int64_t group_size) {
+    Weight w = {qdata, scale, qdata_stride, scale_stride, rows, columns, 0, group_size, scale_type,
+                0,     1,     {{0}},        {{{0}}}};
     w.tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     w.scale_bytes = scale_type == SCALE_BF16 ? 2 : 1;
     if (group_size < TILE_COLUMNS) w.groups_per_tile = (int)(TILE_COLUMNS / group_size);
     for (int i = 0; i < 32; i++) {
         const float entry = load_number(books, TYPE_BF16, i);
         w.books[i / 16][i % 16] = i < 16 ? entry : -entry;
+    }
+    for (int i = 0; i < 512; i++) {
+        w.pairs[i / 256][i % 256][0] = w.books[i / 256][i % 16];
+        w.pairs[i / 256][i % 256][1] = w.books[i / 256][i % 256 / 16];
     }
     return w;
 }
@@ -62,7 +68,8 @@ static int make_tables(const Weight *w, int mode, Tables *tables) {
     for (int i = 0; i < 32; i++) {
         const float entry = w->books[i / 16][i % 16];
         const long step = mode == MODE_EXACT ? 0 : lrintf(entry / largest * top);
-        tables->wide[i / 16][i % 16] = mode == MODE_EXACT ? (uint16_t)(float_bits(entry) >> 16) : (uint16_t)(int16_t)step;
+        tables->wide[i / 16][i % 16] =
+            mode == MODE_EXACT ? (uint16_t)(float_bits(entry) >> 16) : (uint16_t)(int16_t)step;
         tables->narrow[i / 16][i % 16] = (uint8_t)(step + 128);
     }
     return mode;
@@ -100,7 +107,7 @@ static void find_scales(const Weight *w, int64_t tile_row, ScaleRows *rows) {
     }
 }
 
-// linear
+// linear: a job is a block of tokens
 
 typedef struct {
     int isa, mode;
@@ -110,15 +117,9 @@ typedef struct {
     const void *x, *bias;
     int x_type, bias_type, bytes_per_tile;
     int64_t x_stride, tokens;
-    uint8_t *packed, *rough; // rough: tokens whose integers would not do
+    uint8_t *packed, rough[MAX_TOKENS]; // rough: tokens whose integers would not do
     void *y;
 } Linear;
-
-static Packed packed_block(const Linear *job, int64_t first) {
-    const int64_t left = job->tokens - first;
-    const Packed block = {job->packed + first * job->w.tiles * job->bytes_per_tile, left < MAX_TOKENS ? left : MAX_TOKENS};
-    return block;
-}
 
 static void pack_tile(const Linear *job, const float *x, uint8_t *out) {
 #if defined(__x86_64__)
@@ -136,33 +137,34 @@ static void pack_tile(const Linear *job, const float *x, uint8_t *out) {
 
 // Task: pack token m. It is rough if it is not finite, or so small that its steps leave the normal range.
 static void pack_token(void *argument, int64_t m) {
-    const Linear *job = argument;
-    const int64_t first = m / MAX_TOKENS * MAX_TOKENS;
-    const Packed block = packed_block(job, first);
+    Linear *job = argument;
     const uint8_t *row = (const uint8_t *)job->x + m * job->x_stride * (job->x_type == TYPE_FP32 ? 4 : 2);
     uint32_t largest = 0;
     for (int64_t tile = 0; tile < job->w.tiles; tile++) {
         float x[TILE_COLUMNS] = {0};
         const int64_t start = tile * TILE_COLUMNS, left = job->w.columns - start;
         const int count = (int)(left < TILE_COLUMNS ? left : TILE_COLUMNS);
-        if (job->x_type == TYPE_FP32) memcpy(x, row + 4 * start, (size_t)count * 4);
-        else for (int k = 0; k < count; k++) x[k] = load_number(row, TYPE_BF16, start + k);
+        if (job->x_type == TYPE_FP32)
+            memcpy(x, row + 4 * start, (size_t)count * 4);
+        else
+            for (int k = 0; k < count; k++) x[k] = load_number(row, TYPE_BF16, start + k);
         for (int k = 0; k < TILE_COLUMNS; k++) {
             const uint32_t magnitude = float_bits(x[k]) & 0x7FFFFFFF;
             largest = magnitude > largest ? magnitude : largest;
         }
-        pack_tile(job, x, (uint8_t *)block.data + (tile * block.tokens + m - first) * job->bytes_per_tile);
+        pack_tile(job, x, job->packed + (tile * job->tokens + m) * job->bytes_per_tile);
     }
     const float top = bits_float(largest);
     job->rough[m] = largest >= 0x7F800000 || (largest != 0 && (top < 0x1p-76f || !(top * fabsf(job->unit) > 0x1p-85f)));
 }
 
-static void add_tiles(const Linear *job, const uint8_t *codes, const uint8_t *const *scales, const Packed *x, int64_t first,
-                      int64_t last, float *totals) {
+static void add_tiles(const Linear *job, const uint8_t *codes, const uint8_t *const *scales, const Packed *x,
+                      int64_t first, int64_t last, float *totals) {
 #if defined(__x86_64__)
     const int level = job->w.groups_per_tile / 2;
     if (job->isa == ISA_AVX512)
-        avx512_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx512, codes, scales, x, first, last, totals);
+        avx512_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx512, codes, scales, x, first, last,
+                                                            totals);
     if (job->isa == ISA_AVX2)
         avx2_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx2, codes, scales, x, first, last, totals);
     if (job->isa != ISA_PLAIN) return;
@@ -194,22 +196,21 @@ static void tile_row(void *argument, int64_t index) {
     float totals[LINES * MAX_TOKENS * 16] __attribute__((aligned(64))), sums[TILE_ROWS];
     ScaleRows scales;
     find_scales(w, index, &scales);
-    for (int64_t first = 0; first < job->tokens; first += MAX_TOKENS) {
-        const Packed block = packed_block(job, first);
-        memset(totals, 0, sizeof(float) * LINES * 16 * (size_t)block.tokens);
-        add_tiles(job, codes, scales.row, &block, 0, scales.full, totals);
-        if (scales.full < w->tiles) {
-            const Packed end = {block.data + scales.full * block.tokens * job->bytes_per_tile, block.tokens};
-            add_tiles(job, codes + scales.full * TILE_BYTES, scales.last, &end, 0, 1, totals);
-        }
-        for (int64_t m = 0; m < block.tokens; m++) {
-            add_lanes(job, totals, block.tokens, m, sums);
-            store_row(job, index, first + m, sums);
-        }
+    memset(totals, 0, sizeof(float) * LINES * 16 * (size_t)job->tokens);
+    const Packed x = {job->packed, job->tokens};
+    add_tiles(job, codes, scales.row, &x, 0, scales.full, totals);
+    if (scales.full < w->tiles) {
+        const Packed end = {job->packed + scales.full * job->tokens * job->bytes_per_tile, job->tokens};
+        add_tiles(job, codes + scales.full * TILE_BYTES, scales.last, &end, 0, 1, totals);
+    }
+    for (int64_t m = 0; m < job->tokens; m++) {
+        add_lanes(job, totals, job->tokens, m, sums);
+        store_row(job, index, m, sums);
     }
 }
 
-static int run_linear(Linear *job, int mode, const void *per_tensor_scale, int threads) {
+// Fill what depends on the arithmetic.
+static void prepare(Linear *job, int mode, const void *per_tensor_scale) {
     Tables tables;
     job->mode = job->isa == ISA_PLAIN ? MODE_EXACT : make_tables(&job->w, mode, &tables);
     const float factor = make_factor(&job->w, per_tensor_scale);
@@ -221,40 +222,50 @@ static int run_linear(Linear *job, int mode, const void *per_tensor_scale, int t
     X86(if (job->isa == ISA_AVX512) avx512_tables(&tables, job->mode, &job->avx512);)
     X86(if (job->isa == ISA_AVX2) job->bytes_per_tile = avx2_bytes_per_tile[job->mode];)
     X86(if (job->isa == ISA_AVX512) job->bytes_per_tile = avx512_bytes_per_tile[job->mode];)
-    const size_t bytes = (size_t)(job->tokens * job->w.tiles * job->bytes_per_tile);
-    uint8_t *memory = malloc(bytes + (size_t)job->tokens + 64);
-    if (memory == NULL) return NO_MEMORY;
-    job->packed = (uint8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    job->rough = job->packed + bytes;
-    pool_run(threads, job->tokens, pack_token, job);
-    pool_run(threads, (job->w.rows + TILE_ROWS - 1) / TILE_ROWS, tile_row, job);
-    int status = DONE;
-    for (int64_t m = 0; m < job->tokens && job->mode != MODE_EXACT && status == DONE; m++) {
-        if (!job->rough[m]) continue;
-        const int size = job->x_type == TYPE_FP32 ? 4 : 2;
-        Linear one = *job;
-        one.x = (const uint8_t *)job->x + m * job->x_stride * size;
-        one.y = (uint8_t *)job->y + m * job->w.rows * size;
-        one.tokens = 1;
-        status = run_linear(&one, MODE_EXACT, per_tensor_scale, threads);
-    }
-    free(memory);
-    return status;
 }
 
-// x [tokens, columns] and y [tokens, rows] of one type, y contiguous; qdata_stride and scale_stride in bytes, x_stride in
-// elements; per_tensor_scale and bias may be null.
+// Tokens first .. first + count - 1 of the call.
+static void run_block(const Linear *call, int64_t first, int64_t count, uint8_t *memory, int threads, uint8_t *rough) {
+    Linear job = *call;
+    const int size = job.x_type == TYPE_FP32 ? 4 : 2;
+    job.x = (const uint8_t *)call->x + first * call->x_stride * size;
+    job.y = (uint8_t *)call->y + first * call->w.rows * size;
+    job.tokens = count;
+    job.packed = memory;
+    pool_run(threads, count, pack_token, &job);
+    pool_run(threads, (job.w.rows + TILE_ROWS - 1) / TILE_ROWS, tile_row, &job);
+    memcpy(rough, job.rough, (size_t)count);
+}
+
+// x [tokens, columns] and y [tokens, rows] of one type, y contiguous; qdata_stride and scale_stride in bytes, x_stride
+// in elements; per_tensor_scale and bias may be null.
 EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type, int64_t x_stride, int64_t tokens,
                        const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride, int scale_type,
-                       const void *books, const void *per_tensor_scale, int64_t group_size, int64_t rows, int64_t columns,
-                       const void *bias, int bias_type, void *y) {
+                       const void *books, const void *per_tensor_scale, int64_t group_size, int64_t rows,
+                       int64_t columns, const void *bias, int bias_type, void *y) {
     if (isa < ISA_PLAIN || isa > aaac_best_isa()) return NO_SUCH_PATH;
-    Linear job;
+    Linear job = {0};
     job.isa = isa;
     job.w = make_weight(qdata, qdata_stride, scale, scale_stride, scale_type, books, rows, columns, group_size);
     job.x = x, job.x_type = x_type, job.x_stride = x_stride, job.tokens = tokens;
     job.bias = bias, job.bias_type = bias_type, job.y = y;
-    return run_linear(&job, mode, per_tensor_scale, threads);
+    Linear exact = job;
+    prepare(&job, mode, per_tensor_scale);
+    prepare(&exact, MODE_EXACT, per_tensor_scale);
+    const int64_t most = tokens < MAX_TOKENS ? tokens : MAX_TOKENS;
+    const int64_t bytes =
+        job.bytes_per_tile * most > exact.bytes_per_tile ? job.bytes_per_tile * most : exact.bytes_per_tile;
+    uint8_t *memory = malloc((size_t)(bytes * job.w.tiles) + 64);
+    if (memory == NULL) return NO_MEMORY;
+    uint8_t *packed = (uint8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), rough[MAX_TOKENS], no[1];
+    for (int64_t first = 0; first < tokens; first += MAX_TOKENS) {
+        const int64_t count = tokens - first < MAX_TOKENS ? tokens - first : MAX_TOKENS;
+        run_block(&job, first, count, packed, threads, rough);
+        for (int64_t m = 0; m < count && job.mode != MODE_EXACT; m++)
+            if (rough[m]) run_block(&exact, first + m, 1, packed, threads, no);
+    }
+    free(memory);
+    return DONE;
 }
 
 // dequantisation
@@ -267,9 +278,12 @@ typedef struct {
     float *out;
 } Dequantize;
 
-static void decode_tile(const Dequantize *job, const uint8_t *codes, const uint8_t *const *scales, int64_t at, float *out,
-                        int64_t stride) {
-    X86(if (job->isa != ISA_PLAIN) { avx2_decode(&job->w, &job->avx2, codes, scales, at, job->factor, out, stride); return; })
+static void decode_tile(const Dequantize *job, const uint8_t *codes, const uint8_t *const *scales, int64_t at,
+                        float *out, int64_t stride) {
+    X86(if (job->isa != ISA_PLAIN) {
+        avx2_decode(&job->w, &job->avx2, codes, scales, at, job->factor, out, stride);
+        return;
+    })
     for (int row = 0; row < TILE_ROWS; row++) {
         float *to = out + row * stride;
         plain_decode(&job->w, codes + row % 8 * LINE_BYTES, row / 8, scales[row] + at, to);
@@ -288,7 +302,8 @@ static void decode_rows(void *argument, int64_t index) {
     find_scales(w, index, &scales);
     for (int64_t tile = 0; tile < w->tiles; tile++) {
         const uint8_t *codes = w->qdata + index * w->qdata_stride + tile * TILE_BYTES;
-        const int64_t start = tile * TILE_COLUMNS, width = columns - start < TILE_COLUMNS ? columns - start : TILE_COLUMNS;
+        const int64_t start = tile * TILE_COLUMNS,
+                      width = columns - start < TILE_COLUMNS ? columns - start : TILE_COLUMNS;
         const int whole = count == TILE_ROWS && width == TILE_COLUMNS;
         const uint8_t *const *rows = tile < scales.full ? scales.row : scales.last;
         const int64_t at = tile < scales.full ? scale_offset(w, tile) : 0;

@@ -1,5 +1,5 @@
-// Plain C for every other machine: rows of a tile are decoded to fp32, in loops that compilers vectorise. It is exact in
-// all modes.
+// Plain C for every other machine: rows of a tile are decoded to fp32, in loops that compilers vectorise. It is exact
+// in all modes.
 #ifndef AAAC_PLAIN_H
 #define AAAC_PLAIN_H
 
@@ -13,17 +13,16 @@ static void plain_decode(const Weight *w, const uint8_t *line, int h, const uint
     for (int word = 0; word < 8; word++) {
         const uint8_t *codes = line + 16 * (word % 4) + 8 * (word / 4) + 4 * h;
         const float scale = load_scale(scales, w->scale_type, 8 * word * w->groups_per_tile / TILE_COLUMNS);
-        const float *book = w->books[float_bits(scale) >> 31];
-        for (int i = 0; i < 4; i++) {
-            out[8 * word + 2 * i] = scale * book[codes[i] & 15];
-            out[8 * word + 2 * i + 1] = scale * book[codes[i] >> 4];
-        }
+        const float (*pairs)[2] = w->pairs[float_bits(scale) >> 31];
+        float entries[8];
+        for (int i = 0; i < 4; i++) memcpy(entries + 2 * i, pairs[codes[i]], 8);
+        for (int i = 0; i < 8; i++) out[8 * word + i] = scale * entries[i];
     }
 }
 
 // Add the tiles first .. last - 1 of a tile row to totals [line][token][2][8]; `scales` are those of its 16 rows.
-static void plain_tiles(const Weight *w, const uint8_t *codes, const uint8_t *const *scales, const Packed *x, int64_t first,
-                        int64_t last, float *totals) {
+static void plain_tiles(const Weight *w, const uint8_t *codes, const uint8_t *const *scales, const Packed *x,
+                        int64_t first, int64_t last, float *totals) {
     float decoded[TILE_COLUMNS];
     for (int64_t tile = first; tile < last; tile++) {
         const float *inputs = (const float *)(x->data + tile * x->tokens * PLAIN_BYTES_PER_TILE);
@@ -31,9 +30,11 @@ static void plain_tiles(const Weight *w, const uint8_t *codes, const uint8_t *co
             const uint8_t *line = codes + tile * TILE_BYTES + row % 8 * LINE_BYTES;
             plain_decode(w, line, row / 8, scales[row] + scale_offset(w, tile), decoded);
             for (int64_t m = 0; m < x->tokens; m++) {
-                float *total = totals + 16 * (row % 8 * x->tokens + m) + 8 * (row / 8);
+                float *total = totals + 16 * (row % 8 * x->tokens + m) + 8 * (row / 8), sum[8] = {0};
                 for (int k = 0; k < TILE_COLUMNS; k += 8)
-                    for (int lane = 0; lane < 8; lane++) total[lane] += decoded[k + lane] * inputs[TILE_COLUMNS * m + k + lane];
+                    for (int lane = 0; lane < 8; lane++)
+                        sum[lane] += decoded[k + lane] * inputs[TILE_COLUMNS * m + k + lane];
+                for (int lane = 0; lane < 8; lane++) total[lane] += sum[lane];
             }
         }
     }

@@ -19,8 +19,8 @@ typedef void (*Task)(void *job, int64_t index);
 enum { MAX_WORKERS = 255, SPINS = 2000 };
 
 static struct {
-    pthread_mutex_t owner;   // held by the caller whose job it is
-    pthread_mutex_t lock;    // guards `generation` for those that sleep
+    pthread_mutex_t owner; // held by the caller whose job it is
+    pthread_mutex_t lock;  // guards `generation` for those that sleep
     pthread_cond_t wake;
     _Atomic uint32_t generation;
     _Atomic int open, inside, seats, sleepers;
@@ -99,8 +99,10 @@ static void pool_run(int threads, int64_t count, Task task, void *job) {
     pool_drain();
     atomic_store(&pool.open, 0);
     for (int spin = 0; atomic_load(&pool.inside); spin++) {
-        if (spin < SPINS) pause_cpu();
-        else sched_yield();
+        if (spin < SPINS)
+            pause_cpu();
+        else
+            sched_yield();
     }
     pthread_mutex_unlock(&pool.owner);
 }
