@@ -1,5 +1,5 @@
-// Rounding of a block of columns under a quadratic error, 16 rows of the weight at a time: see aaac_ao/encode/rounding.py,
-// which has the same steps in PyTorch.
+// Rounding of a block of columns under a quadratic error, 16 rows of the weight at a time: see
+// aaac_ao/encode/rounding.py, which has the same steps in PyTorch.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -71,7 +71,8 @@ INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) 
 }
 
 // The scale and book of a group with which feedback inside the group leaves the least error.
-INLINE void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale, Ints *second) {
+INLINE void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
+                   Ints *second) {
     int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
     Floats least = splat(INFINITY), left[MOST_COLUMNS];
     *scale = splat(0);
@@ -143,13 +144,24 @@ EVERY_ISA static void round_rows(void *job, int64_t index) {
 }
 
 // Sizes and layouts are checked by the caller: columns and groups are 1 .. MOST_COLUMNS, every group has a column.
-__attribute__((visibility("default")))
-void aaac_round_block(float *target, const float *factor, const float *metric, const float *root, const float *books,
-                      const float *candidates, const int32_t *ends, float *scale, uint8_t *selector, uint8_t *codes,
-                      int64_t rows, int columns, int groups, int count, int sweeps, int threads) {
-    Block block = {.target = target, .factor = factor, .metric = metric, .root = root, .candidates = candidates,
-                   .ends = ends, .scale = scale, .selector = selector, .codes = codes, .rows = rows,
-                   .columns = columns, .groups = groups, .count = count, .sweeps = sweeps};
+__attribute__((visibility("default"))) void
+aaac_round_block(float *target, const float *factor, const float *metric, const float *root, const float *books,
+                 const float *candidates, const int32_t *ends, float *scale, uint8_t *selector, uint8_t *codes,
+                 int64_t rows, int columns, int groups, int count, int sweeps, int threads) {
+    Block block = {.target = target,
+                   .factor = factor,
+                   .metric = metric,
+                   .root = root,
+                   .candidates = candidates,
+                   .ends = ends,
+                   .scale = scale,
+                   .selector = selector,
+                   .codes = codes,
+                   .rows = rows,
+                   .columns = columns,
+                   .groups = groups,
+                   .count = count,
+                   .sweeps = sweeps};
     memcpy(block.books.entry, books, sizeof block.books.entry);
     for (int book = 0; book < 2; book++)
         for (int i = 0; i < 15; i++)
