@@ -139,7 +139,7 @@ def linear(
                 f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}"
             )
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    x = x if x.stride(1) == 1 and _aligned(x) else x.contiguous().clone()
+    x = x if x.stride(1) == 1 and _aligned(x) else x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(tokens, out_features)
     if y.numel() == 0:
         return y
@@ -194,11 +194,13 @@ def _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) 
         raise ValueError(
             f"per_tensor_scale must be one fp32 number, got {per_tensor_scale.dtype} {list(per_tensor_scale.shape)}"
         )
-    parts = (qdata, scale, codebooks, per_tensor_scale)
-    if not all(part is None or part.is_cpu for part in parts):
+    on_cpu = qdata.is_cpu and scale.is_cpu and codebooks.is_cpu
+    if not on_cpu or (per_tensor_scale is not None and not per_tensor_scale.is_cpu):
+        parts = (qdata, scale, codebooks, per_tensor_scale)
         raise ValueError(f"all parts must be on the CPU, got {[str(p.device) for p in parts if p is not None]}")
     qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
-    scale = scale if scale.stride(1) == 1 and _aligned(scale) else scale.contiguous().clone()
+    if scale.stride(1) != 1 or not _aligned(scale):
+        scale = scale.clone(memory_format=torch.contiguous_format)
     return qdata, scale, codebooks.contiguous(), per_tensor_scale
 
 

@@ -13,6 +13,8 @@ enum { TYPE_FP32, TYPE_BF16 };
 enum { SCALE_BF16, SCALE_E4M3 };
 // Tokens that one decoding of a weight serves; their sums stay in the first-level cache.
 enum { MAX_TOKENS = 32 };
+// Room that a packed token needs for a tile on any path.
+enum { MOST_BYTES_PER_TILE = 512 };
 // How far ahead of the codes memory is asked for more.
 enum { PREFETCH_BYTES = 8192 };
 // Integer books: eight products with 16-bit inputs fit 32 bits.
@@ -26,8 +28,7 @@ typedef struct {
     int64_t qdata_stride, scale_stride;
     int64_t rows, columns, tiles, group_size;
     int scale_type, scale_bytes, groups_per_tile; // groups_per_tile is 1 for groups of 64 and more
-    float books[2][16];     // book 1 is negated: the signed scale times it is |scale| times book 1
-    float pairs[2][256][2]; // for plain C: the two entries of every byte of codes
+    float books[2][16]; // book 1 is negated: the signed scale times it is |scale| times book 1
 } Weight;
 
 // Lookup tables for one mode: two byte planes of 16-bit entries, or one of 8-bit entries.

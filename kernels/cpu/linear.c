@@ -37,18 +37,13 @@ EXPORT int aaac_best_isa(void) {
 
 static Weight make_weight(const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride,
                           int scale_type, const void *books, int64_t rows, int64_t columns, int64_t group_size) {
-    Weight w = {qdata, scale, qdata_stride, scale_stride, rows, columns, 0, group_size, scale_type,
-                0,     1,     {{0}},        {{{0}}}};
+    Weight w = {qdata, scale, qdata_stride, scale_stride, rows, columns, 0, group_size, scale_type, 0, 1, {{0}}};
     w.tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     w.scale_bytes = scale_type == SCALE_BF16 ? 2 : 1;
     if (group_size < TILE_COLUMNS) w.groups_per_tile = (int)(TILE_COLUMNS / group_size);
     for (int i = 0; i < 32; i++) {
         const float entry = load_number(books, TYPE_BF16, i);
         w.books[i / 16][i % 16] = i < 16 ? entry : -entry;
-    }
-    for (int i = 0; i < 512; i++) {
-        w.pairs[i / 256][i % 256][0] = w.books[i / 256][i % 16];
-        w.pairs[i / 256][i % 256][1] = w.books[i / 256][i % 256 / 16];
     }
     return w;
 }
@@ -112,6 +107,7 @@ static void find_scales(const Weight *w, int64_t tile_row, ScaleRows *rows) {
 typedef struct {
     int isa, mode;
     Weight w;
+    PlainTables plain;
     X86(Avx2Tables avx2; Avx512Tables avx512;)
     float unit, factor; // value of one step of an integer product, and of one unit of a sum
     const void *x, *bias;
@@ -132,6 +128,7 @@ static void pack_tile(const Linear *job, const float *x, uint8_t *out) {
     if (job->isa == ISA_AVX512 && job->mode == MODE_INT8) avx512_pack_int8(x, job->unit, out);
     if (job->isa != ISA_PLAIN) return;
 #endif
+    (void)job;
     memcpy(out, x, PLAIN_BYTES_PER_TILE);
 }
 
@@ -169,7 +166,7 @@ static void add_tiles(const Linear *job, const uint8_t *codes, const uint8_t *co
         avx2_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx2, codes, scales, x, first, last, totals);
     if (job->isa != ISA_PLAIN) return;
 #endif
-    plain_tiles(&job->w, codes, scales, x, first, last, totals);
+    plain_tiles(&job->w, &job->plain, codes, scales, x, first, last, totals);
 }
 
 static void add_lanes(const Linear *job, const float *totals, int64_t tokens, int64_t m, float *sums) {
@@ -218,6 +215,7 @@ static void prepare(Linear *job, int mode, const void *per_tensor_scale) {
     job->unit = job->mode == MODE_EXACT ? 1.0f : tables.unit * factor;
     job->factor = job->mode == MODE_EXACT ? factor : 1.0f;
     job->bytes_per_tile = PLAIN_BYTES_PER_TILE;
+    if (job->isa == ISA_PLAIN) plain_tables(&job->w, &job->plain);
     X86(if (job->isa == ISA_AVX2) avx2_tables(&tables, job->mode, &job->avx2);)
     X86(if (job->isa == ISA_AVX512) avx512_tables(&tables, job->mode, &job->avx512);)
     X86(if (job->isa == ISA_AVX2) job->bytes_per_tile = avx2_bytes_per_tile[job->mode];)
@@ -244,25 +242,26 @@ EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type
                        const void *books, const void *per_tensor_scale, int64_t group_size, int64_t rows,
                        int64_t columns, const void *bias, int bias_type, void *y) {
     if (isa < ISA_PLAIN || isa > aaac_best_isa()) return NO_SUCH_PATH;
-    Linear job = {0};
+    Linear job;
     job.isa = isa;
     job.w = make_weight(qdata, qdata_stride, scale, scale_stride, scale_type, books, rows, columns, group_size);
     job.x = x, job.x_type = x_type, job.x_stride = x_stride, job.tokens = tokens;
     job.bias = bias, job.bias_type = bias_type, job.y = y;
-    Linear exact = job;
     prepare(&job, mode, per_tensor_scale);
-    prepare(&exact, MODE_EXACT, per_tensor_scale);
-    const int64_t most = tokens < MAX_TOKENS ? tokens : MAX_TOKENS;
-    const int64_t bytes =
-        job.bytes_per_tile * most > exact.bytes_per_tile ? job.bytes_per_tile * most : exact.bytes_per_tile;
+    int64_t bytes = job.bytes_per_tile * (tokens < MAX_TOKENS ? tokens : MAX_TOKENS);
+    if (bytes < MOST_BYTES_PER_TILE) bytes = MOST_BYTES_PER_TILE; // a rough token
     uint8_t *memory = malloc((size_t)(bytes * job.w.tiles) + 64);
     if (memory == NULL) return NO_MEMORY;
     uint8_t *packed = (uint8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), rough[MAX_TOKENS], no[1];
     for (int64_t first = 0; first < tokens; first += MAX_TOKENS) {
         const int64_t count = tokens - first < MAX_TOKENS ? tokens - first : MAX_TOKENS;
         run_block(&job, first, count, packed, threads, rough);
-        for (int64_t m = 0; m < count && job.mode != MODE_EXACT; m++)
-            if (rough[m]) run_block(&exact, first + m, 1, packed, threads, no);
+        for (int64_t m = 0; m < count && job.mode != MODE_EXACT; m++) {
+            if (!rough[m]) continue;
+            Linear exact = job;
+            prepare(&exact, MODE_EXACT, per_tensor_scale);
+            run_block(&exact, first + m, 1, packed, threads, no);
+        }
     }
     free(memory);
     return DONE;
@@ -273,6 +272,7 @@ EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type
 typedef struct {
     int isa;
     Weight w;
+    PlainTables plain;
     X86(Avx2Tables avx2;)
     float factor;
     float *out;
@@ -286,7 +286,7 @@ static void decode_tile(const Dequantize *job, const uint8_t *codes, const uint8
     })
     for (int row = 0; row < TILE_ROWS; row++) {
         float *to = out + row * stride;
-        plain_decode(&job->w, codes + row % 8 * LINE_BYTES, row / 8, scales[row] + at, to);
+        plain_decode(&job->w, &job->plain, codes + row % 8 * LINE_BYTES, row / 8, scales[row] + at, to);
         for (int k = 0; k < TILE_COLUMNS; k++) to[k] *= job->factor;
     }
 }
@@ -325,6 +325,7 @@ EXPORT int aaac_dequantize(int isa, int threads, const void *qdata, int64_t qdat
     job.factor = make_factor(&job.w, per_tensor_scale);
     job.out = out;
     make_tables(&job.w, MODE_EXACT, &tables);
+    if (isa == ISA_PLAIN) plain_tables(&job.w, &job.plain);
     X86(if (isa != ISA_PLAIN) avx2_tables(&tables, MODE_EXACT, &job.avx2);)
     pool_run(threads, (rows + TILE_ROWS - 1) / TILE_ROWS, decode_rows, &job);
     return DONE;

@@ -7,13 +7,26 @@
 
 enum { PLAIN_BYTES_PER_TILE = 4 * TILE_COLUMNS };
 
+// The two entries of every byte of codes, for either book.
+typedef struct {
+    float pairs[2][256][2];
+} PlainTables;
+
+static void plain_tables(const Weight *w, PlainTables *tables) {
+    for (int i = 0; i < 512; i++) {
+        tables->pairs[i / 256][i % 256][0] = w->books[i / 256][i % 16];
+        tables->pairs[i / 256][i % 256][1] = w->books[i / 256][i % 256 / 16];
+    }
+}
+
 // The weights of row 8 h + g of a tile, without the factor of the scales; `line` are the codes of rows g and g + 8, and
 // `scales` those of the row in this tile.
-static void plain_decode(const Weight *w, const uint8_t *line, int h, const uint8_t *scales, float *out) {
+static void plain_decode(const Weight *w, const PlainTables *tables, const uint8_t *line, int h, const uint8_t *scales,
+                         float *out) {
     for (int word = 0; word < 8; word++) {
         const uint8_t *codes = line + 16 * (word % 4) + 8 * (word / 4) + 4 * h;
         const float scale = load_scale(scales, w->scale_type, 8 * word * w->groups_per_tile / TILE_COLUMNS);
-        const float (*pairs)[2] = w->pairs[float_bits(scale) >> 31];
+        const float (*pairs)[2] = tables->pairs[float_bits(scale) >> 31];
         float entries[8];
         for (int i = 0; i < 4; i++) memcpy(entries + 2 * i, pairs[codes[i]], 8);
         for (int i = 0; i < 8; i++) out[8 * word + i] = scale * entries[i];
@@ -21,14 +34,14 @@ static void plain_decode(const Weight *w, const uint8_t *line, int h, const uint
 }
 
 // Add the tiles first .. last - 1 of a tile row to totals [line][token][2][8]; `scales` are those of its 16 rows.
-static void plain_tiles(const Weight *w, const uint8_t *codes, const uint8_t *const *scales, const Packed *x,
-                        int64_t first, int64_t last, float *totals) {
+static void plain_tiles(const Weight *w, const PlainTables *tables, const uint8_t *codes, const uint8_t *const *scales,
+                        const Packed *x, int64_t first, int64_t last, float *totals) {
     float decoded[TILE_COLUMNS];
     for (int64_t tile = first; tile < last; tile++) {
         const float *inputs = (const float *)(x->data + tile * x->tokens * PLAIN_BYTES_PER_TILE);
         for (int row = 0; row < TILE_ROWS; row++) {
             const uint8_t *line = codes + tile * TILE_BYTES + row % 8 * LINE_BYTES;
-            plain_decode(w, line, row / 8, scales[row] + scale_offset(w, tile), decoded);
+            plain_decode(w, tables, line, row / 8, scales[row] + scale_offset(w, tile), decoded);
             for (int64_t m = 0; m < x->tokens; m++) {
                 float *total = totals + 16 * (row % 8 * x->tokens + m) + 8 * (row / 8), sum[8] = {0};
                 for (int k = 0; k < TILE_COLUMNS; k += 8)
