@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench]'
 	mkdir -p build
 	$(BIN)/python -m benchmarks.encode_speed
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality --json build/quality.json --plot build/quality.png
 
 peers: $(PEERS)

@@ -22,13 +22,15 @@ from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks,
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, Statistics, encode
 from aaac_ao.first_pass import LayerRecord
-from aaac_ao.moments import InputSums
+from aaac_ao.moments import InputSums, in_chunks
 from aaac_ao.resume import RunFolder
 from aaac_ao.tensor import AAACTensor
 from aaac_ao.transform import set_weight
 
 logger = logging.getLogger(__name__)
 
+#: The relative error of a layer is summed over rows of about this many weights at a time.
+_CHUNK_WEIGHTS = 1 << 18
 #: Called with the name of an encoded layer, its relative output error, and how many layers were encoded with it.
 Report = Callable[[str, float, int], None]
 
@@ -95,6 +97,15 @@ def encode_stage(
             set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
 
 
+def add_cross_moments(total: torch.Tensor, then: torch.Tensor, now: torch.Tensor, x: torch.Tensor) -> None:
+    """Add the sum of (then - now) x^T over all tokens to `total` [M, K], for [..., M], [..., M] and [..., K]."""
+    parts = [in_chunks(x.flatten(0, -2))]
+    rows = [len(part) for part in parts[0]]
+    parts += [tensor.flatten(0, -2).split(rows) for tensor in (then, now)]
+    for part, part_then, part_now in zip(*parts, strict=True):
+        total.addmm_((part_then.float() - part_now.float()).t(), part.float())
+
+
 class OutputShifts:
     """How far the outputs y of layers with one input x should move: E[(y' - y) x^T] of each, computed when taken.
 
@@ -122,9 +133,12 @@ class OutputShifts:
 
 def relative_error(encoding: Encoding, weight: torch.Tensor, statistics: Statistics) -> float:
     """Root mean square error of the layer's output, as a share of that output."""
-    w = weight.float()
-    against = w @ statistics.hessian if statistics.hessian is not None else w * statistics.second_moment
-    return float((encoding.error / (against.double() * w).sum().clamp(min=1e-300)).clamp(min=0).sqrt())
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rows in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])):
+        w = rows.float()
+        against = w @ statistics.hessian if statistics.hessian is not None else w * statistics.second_moment
+        total += (against.double() * w).sum()
+    return float((encoding.error / total.clamp(min=1e-300)).clamp(min=0).sqrt())
 
 
 def _split(encoding: Encoding, rows: list[int]) -> Iterator[Encoding]:
@@ -326,11 +340,9 @@ class BlockPass:
                 compare = False  # tokens are routed differently
                 continue
             for x, x0 in zip(now[first], then[first], strict=True):
-                x = x.flatten(0, -2).float()
-                shift.addmm_((x0.flatten(0, -2).float() - x).t(), x)
+                add_cross_moments(shift, x0, x, x)
                 for name, total in base_shift.items():
-                    moved = then[bases[name]][0].float() - now[bases[name]][0].float()
-                    total.addmm_(moved.flatten(0, -2).t(), x)
+                    add_cross_moments(total, then[bases[name]][0], now[bases[name]][0], x)
         if int(sums.tokens) == 0:
             return None
         if not bool(finite[-1]):

@@ -8,6 +8,14 @@ import torch
 
 from aaac_ao.encode import Statistics
 
+#: fp32 copies of inputs are made for about this many numbers at a time.
+_CHUNK_NUMBERS = 1 << 22
+
+
+def in_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Input vectors [tokens, K] in parts of which fp32 copies are small."""
+    return x.split(max(1, _CHUNK_NUMBERS // x.shape[1]))
+
 
 @dataclass(frozen=True)
 class InputSums:
@@ -37,8 +45,9 @@ class InputSums:
         self.squares.add_(torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_())
         self.tokens.add_(len(x))
         if self.hessian is not None:
-            x = x.float()
-            self.hessian.addmm_(x.t(), x)
+            for part in in_chunks(x):
+                part = part.float()
+                self.hessian.addmm_(part.t(), part)
 
     def statistics(self, in_place: bool = False) -> Statistics:
         """The means; `in_place` turns the sums into them, which saves a second matrix.

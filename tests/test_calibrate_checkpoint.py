@@ -352,3 +352,23 @@ def test_unreached_layers_and_few_tokens(tmp_path, caplog, monkeypatch):
         on_disk(source, CONFIG, [torch.randint(0, 97, (1, 20))], tmp_path / "out")
     assert "14 layer(s) see fewer calibration tokens than they have inputs" in caplog.text
     assert "20 tokens for 172 inputs" in caplog.text
+
+
+def test_the_memory_benchmark_measures(tmp_path, monkeypatch):
+    from benchmarks import memory
+
+    monkeypatch.setattr(memory, "SIZES", dict.fromkeys(memory.SIZES, (128, 192, 2)))
+    monkeypatch.setattr(memory, "VOCABULARY", 97)
+    memory.write_checkpoint(tmp_path, 128, 192, 3)
+    assert len(load_model(tmp_path).model.layers) == 3
+    for run in (
+        memory.run_in_memory("gptq", "quantized", 64, 2, "cpu"),
+        memory.run_on_disk("on disk", "nearest", 16, "cpu"),
+    ):
+        assert all(value >= 0 for value in run.values())
+    meter = memory.Meter("cpu")
+    held = torch.ones(25 << 20)
+    meter.take("gathering")
+    assert meter.peaks["gathering"] >= 0.99 * held.nbytes
+    assert memory.held(90.0, 100.0) == "yes (0.90)"
+    assert memory.held(110.0, 100.0) == "NO (1.10)"

@@ -64,6 +64,7 @@ def test_readme_code_runs(tmp_path):
         "    c = LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=2,\n"
         "                    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)\n"
         "    return LlamaForCausalLM(c).eval()\n"
+        "small().save_pretrained('MODEL')\n"
         "real = AutoModelForCausalLM.from_pretrained\n"
         "AutoModelForCausalLM.from_pretrained = lambda name, **k: small() if name == 'MODEL' else real(name, **k)\n"
         "batches = [torch.randint(0, 97, (2, 16)) for _ in range(2)]\n"
