@@ -16,6 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from aaac_ao import AAACConfig, block_pass, calibrate_, calibrate_checkpoint
 from aaac_ao.blocks import find_blocks
 
 #: hidden_size, intermediate_size and number of blocks
-SIZES = {"in memory": (512, 3072, 2), "on disk": (1536, 3840, 24), "on disk, gptq": (1024, 2816, 2)}
+SIZES = {"in memory": (512, 3072, 2), "on disk": (1024, 2816, 24), "on disk, gptq": (512, 2048, 2)}
 VOCABULARY, HEAD_SIZE = 8192, 64
 MB = 1 << 20
 
@@ -102,7 +104,8 @@ class Meter:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
-    def watch_encoding(self) -> None:
+    @contextmanager
+    def watching_the_encoder(self) -> Iterator[None]:
         """Tell the encoder from everything else."""
         original = block_pass.encode
 
@@ -113,6 +116,10 @@ class Meter:
             return encoding
 
         block_pass.encode = encode
+        try:
+            yield
+        finally:
+            block_pass.encode = original
 
 
 def statistics_bytes(block: torch.nn.Module) -> int:
@@ -154,9 +161,9 @@ def run_in_memory(rounding: str, propagate: str, tokens: int, batches: int, devi
         "matrix": 4 * widest * widest if rounding == "gptq" else 0,
     }
     meter = Meter(device)
-    meter.watch_encoding()
-    calibrate_(model, config, data, progress=False, propagate=propagate)
-    meter.take("gathering")
+    with meter.watching_the_encoder():
+        calibrate_(model, config, data, progress=False, propagate=propagate)
+        meter.take("gathering")
     return {**sizes, **meter.peaks}
 
 
@@ -245,6 +252,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a batch, in memory")
     parser.add_argument("--batches", type=int, default=2, help="batches, in memory")
+    parser.add_argument("--threads", type=int, help="threads of a process; default: torch's")
     parser.add_argument("--only", choices=("memory", "disk"), help="one of the two tables")
     parser.add_argument("--call", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -253,6 +261,8 @@ def main() -> None:
         print(json.dumps({"run_in_memory": run_in_memory, "run_on_disk": run_on_disk}[name](*values)))
         return
     device = arguments.device
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.only != "disk":
         cases = [("nearest", "original"), ("gptq", "original"), ("gptq", "quantized")]
         rows = [in_memory_row(*case, arguments.tokens, arguments.batches, device) for case in cases]

@@ -361,11 +361,8 @@ def test_the_memory_benchmark_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "VOCABULARY", 97)
     memory.write_checkpoint(tmp_path, 128, 192, 3)
     assert len(load_model(tmp_path).model.layers) == 3
-    for run in (
-        memory.run_in_memory("gptq", "quantized", 64, 2, "cpu"),
-        memory.run_on_disk("on disk", "nearest", 16, "cpu"),
-    ):
-        assert all(value >= 0 for value in run.values())
+    assert all(value >= 0 for value in memory.run_in_memory("gptq", "quantized", 64, 2, "cpu").values())
+    assert memory.run_on_disk("on disk", "nearest", 16, "cpu")["block"] > 200_000
     meter = memory.Meter("cpu")
     held = torch.ones(25 << 20)
     meter.take("gathering")
