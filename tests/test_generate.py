@@ -41,10 +41,21 @@ def test_compiled_decoding_is_one_graph_for_all_steps(tiny_llama):
     assert result.tokens_per_second > 0
 
 
+def test_a_batch_equals_its_prompts_one_by_one(tiny_llama):
+    model = tiny_llama()
+    prompts = torch.randint(0, 97, (3, 5))
+    together = generate(model, prompts, 8, compile_step=False).ids
+    assert together.shape == (3, 13)
+    for prompt, ids in zip(prompts, together, strict=True):
+        assert_greedy(model, prompt, ids, 8)
+
+
 def test_bad_requests(tiny_llama):
     model = tiny_llama()
     with pytest.raises(ValueError, match="64 positions"):
         generate(model, torch.zeros(60, dtype=torch.long), 10)
-    for prompt in (torch.zeros(0, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)):
-        with pytest.raises(ValueError, match="1-D prompt"):
-            generate(model, prompt, 10)
+    for shape in ((0,), (2, 0), (1, 1, 3)):
+        with pytest.raises(ValueError, match="need prompts of shape"):
+            generate(model, torch.zeros(shape, dtype=torch.long), 10)
+    with pytest.raises(ValueError, match="at least 2 new tokens"):
+        generate(model, torch.zeros(3, dtype=torch.long), 1)
