@@ -6,12 +6,13 @@ as not measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.report import table
 
-FP32, INT4 = "fp32", "torch int4 g32"
+FP32, BF16, INT4 = "fp32", "bf16", "torch int4 g32"
 #: (mode, M, peer, at least this many times its speed) at 4096 x 4096 on one thread.
 CPU_SPEED = (
     ("int16", 1, INT4, 2.5),
@@ -25,6 +26,12 @@ CPU_SPEED = (
 CPU_ALWAYS = ((FP32, 0.9), (INT4, 1.0))
 #: Relative error against fp64 stays below.
 CPU_ERROR = {"exact": 2e-6, "int16": 1e-3, "int8": 1.5e-2}
+#: Layers that count: at least this many in_features and out_features.
+LAYER, LARGE_LAYER = 3584, 8192
+#: (M, at least this many times the speed of bf16) for every layer.
+CUDA_SPEED = ((16, 2.4), (64, 1.3), (256, 0.55), (512, 0.70), (1024, 0.83), (2048, 0.90))
+#: Other libraries that the geometric mean over layers must be ahead of at every M.
+CUDA_PEERS = ("tinygemm int4 g128", "bitsandbytes nf4", "gemlite int4 g128")
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ class Bar:
     Attributes:
         what: what is measured.
         limit: the bar, as text.
-        reached: the worst figure of the run; None if it was not measured.
-        passed: None if it was not measured.
+        reached: the worst figure of the run; None if nothing was measured.
+        passed: None if nothing was measured.
     """
 
     what: str
@@ -86,6 +93,41 @@ def cpu_linear_bars(rows: list[dict]) -> list[Bar]:
             shares = (row["error"] / row["error_of_bf16_x"] for row in chosen)
             bars.append(below("int16: error over that of bf16 activations", 1, shares))
     return bars
+
+
+def cuda_linear_bars(rows: list[dict]) -> list[Bar]:
+    """Bars of `benchmarks.linear --device cuda`."""
+    ours = [row for row in rows if "mode" in row]
+    bars = []
+
+    def times_bf16(fmt: str, tokens: int, limit: float, layers: str, inside: Callable[[dict], bool]) -> None:
+        chosen = [row for row in ours if row["format"] == fmt and row["M"] == tokens and inside(row)]
+        bars.append(at_least(f"{fmt}, M = {tokens}, {layers}: times bf16", limit, speedups(chosen, rows, BF16)))
+
+    def large(row: dict) -> bool:
+        return min(row["N"], row["K"]) >= LARGE_LAYER
+
+    times_bf16("int4 g128", 1, 2.9, "N, K >= 8192", large)
+    chosen = [row for row in ours if row["format"] == "int4 g128" and row["M"] == 1 and large(row)]
+    shares = (row["share_of_bandwidth"] for row in chosen)
+    bars.append(at_least("int4 g128, M = 1, N, K >= 8192: share of copy bandwidth", 0.78, shares))
+    times_bf16("nvfp4 g16", 1, 2.6, "N, K >= 8192", large)
+    for fmt in sorted({row["format"] for row in ours}):
+        for n, k in ((4096, 4096), (14336, 4096)):
+            times_bf16(fmt, 1, 2.2, f"{n} x {k}", lambda row, n=n, k=k: (row["N"], row["K"]) == (n, k))
+        for tokens, limit in CUDA_SPEED:
+            layers = f"N, K >= {LAYER}"
+            times_bf16(fmt, tokens, limit, layers, lambda row: min(row["N"], row["K"]) >= LAYER)
+        for peer in CUDA_PEERS:
+            means = mean_speedups([row for row in ours if row["format"] == fmt], rows, peer)
+            bars.append(at_least(f"{fmt}, geometric mean over shapes, every M: times {peer}", 1, means))
+    return bars
+
+
+def mean_speedups(chosen: list[dict], rows: list[dict], peer: str) -> list[float]:
+    """The geometric mean over shapes of how many times faster than `peer` the chosen rows are, one for each M."""
+    of_tokens = [speedups([row for row in chosen if row["M"] == m], rows, peer) for m in {row["M"] for row in chosen}]
+    return [statistics.geometric_mean(ratios) for ratios in of_tokens if ratios]
 
 
 def speedups(chosen: list[dict], rows: list[dict], peer: str) -> list[float]:

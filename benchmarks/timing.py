@@ -98,7 +98,7 @@ def replay_times(replay: Call, seconds: float) -> list[float]:
     return [once() for _ in range(min(200, max(5, int(seconds / max(once(), 1e-7)))))]
 
 
-def read_bandwidth(num_bytes: int = 256 * 2**20, repeats: int = 9) -> float:
+def read_bandwidth(num_bytes: int = COLD_BYTES["cpu"], repeats: int = 9) -> float:
     """Bytes per second that the CPU reads from memory with the current threads: the best of three plain readers."""
     side = int((num_bytes // 4) ** 0.5)
     matrix, x = torch.rand(side, side), torch.rand(side)
@@ -112,12 +112,3 @@ def copy_bandwidth(num_bytes: int = 2**30, seconds: float = 0.3) -> float:
     source = torch.rand(num_bytes // 4, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / statistics.median(replay_times(lambda: target.copy_(source), seconds))
-
-
-def seconds_of(call: Call, device: torch.device | str) -> float:
-    """Wall-clock seconds of one call, with all the work that it started on `device`."""
-    start = time.perf_counter()
-    call()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
