@@ -32,6 +32,11 @@ LAYER, LARGE_LAYER = 3584, 8192
 CUDA_SPEED = ((16, 2.4), (64, 1.3), (256, 0.55), (512, 0.70), (1024, 0.83), (2048, 0.90))
 #: Other libraries that the geometric mean over layers must be ahead of at every M.
 CUDA_PEERS = ("tinygemm int4 g128", "bitsandbytes nf4", "gemlite int4 g128")
+#: (model, peer, at least this many times its tokens per second) with one sequence.
+DECODE = {
+    "cpu": (("Llama-3.2-1B", "fp32", 2.3),),
+    "cuda": (("Llama-3-8B", "bf16", 2.3), ("Llama-3-8B", "torchao-int4", 1.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -136,3 +141,23 @@ def speedups(chosen: list[dict], rows: list[dict], peer: str) -> list[float]:
     times = {tuple(row.get(key) for key in keys): row["us"] for row in rows if row["variant"] == peer}
     found = [(times.get(tuple(row.get(key) for key in keys)), row["us"]) for row in chosen]
     return [peer_us / us for peer_us, us in found if peer_us is not None]
+
+
+def decode_bars(rows: list[dict], device: str) -> list[Bar]:
+    """Bars of `benchmarks.generate` on a device."""
+    bars = []
+    for variant in sorted({row["variant"] for row in rows if row["variant"].startswith(("int4-", "nvfp4-"))}):
+        for model, peer, limit in DECODE[device]:
+            setting = {"model": model, "variant": variant, "batch": 1}
+            chosen = [row for row in rows if setting.items() <= row.items()]
+            what = f"{variant}, decoding {model}, batch 1: times {peer}"
+            bars.append(at_least(what, limit, decode_speedups(chosen, rows, peer)))
+    return bars
+
+
+def decode_speedups(chosen: list[dict], rows: list[dict], peer: str) -> list[float]:
+    """How many times the tokens per second of `peer` each chosen row has, where both were measured."""
+    keys = ("model", "batch")
+    rates = {tuple(row[key] for key in keys): row["tokens_per_second"] for row in rows if row["variant"] == peer}
+    found = [(row["tokens_per_second"], rates.get(tuple(row[key] for key in keys))) for row in chosen]
+    return [rate / peer_rate for rate, peer_rate in found if peer_rate]
