@@ -23,6 +23,7 @@ from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import encode
 from benchmarks.peer_job import median_seconds
 from benchmarks.peers import interpreter
+from benchmarks.report import environment, write_json
 
 HERE = Path(__file__).resolve().parent
 #: Linear weights of the blocks of Llama-3-8B, for the projection.
@@ -103,11 +104,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="square layers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="only our encoder")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
+    header = ["layer", "method", "seconds", "M weights/s", "times HQQ", "times GPTQ", "8B, minutes"]
     lines = []
     for size in args.sizes:
-        lines += rows_of(size, args.repeats if size < 4096 else 1, args.device, args.device == "cpu")
-    header = ["layer", "method", "seconds", "M weights/s", "times HQQ", "times GPTQ", "8B, minutes"]
+        lines += rows_of(size, args.repeats if size < 4096 else 1, args.device, args.peers and args.device == "cpu")
+        rows = [dict(zip(header, line, strict=True)) for line in lines]
+        write_json(args.json, {"environment": environment(args.device), "rows": rows})
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n")
     print(tabulate(lines, header, tablefmt="github", disable_numparse=True))
 

@@ -179,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=tuple(PEERS), required=True)
     parser.add_argument("--shapes", type=parse_shape, nargs="+", metavar="NxK")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="M")
-    parser.add_argument("--formats", type=parse_format, nargs="+", metavar="FORMAT-GROUP")
+    parser.add_argument("--formats", type=parse_format, nargs="*", metavar="FORMAT-GROUP")
     parser.add_argument("--peers", nargs="*", metavar="PEER", help="other libraries; all of them if not given")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one table each")
     parser.add_argument("--seconds", type=float, help="for each variant, shape, M and number of threads")
