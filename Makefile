@@ -24,6 +24,8 @@ bench: $(STAMP)
 	-$(MAKE) --keep-going peers
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench]'
 	mkdir -p build
+	$(BIN)/python -m benchmarks.linear --device cpu --shapes 1024x1024 4096x4096 --tokens 1 4 16 64 --json build/linear.json
+	$(BIN)/python -m benchmarks.generate --device cpu --models demo --json build/generate.json
 	$(BIN)/python -m benchmarks.encode_speed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality --json build/quality.json --plot build/quality.png

@@ -6,6 +6,7 @@ as not measured.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,14 +58,14 @@ class Bar:
 
 
 def at_least(what: str, limit: float, values: Iterable[float]) -> Bar:
-    """The smallest of `values` must be `limit` or more."""
-    worst = min(values, default=None)
+    """The smallest of `values` must be `limit` or more; NaN is worse than any."""
+    worst = min(values, key=lambda value: -math.inf if math.isnan(value) else value, default=None)
     return Bar(what, f">= {limit:g}", worst, None if worst is None else worst >= limit)
 
 
 def below(what: str, limit: float, values: Iterable[float]) -> Bar:
-    """The largest of `values` must be less than `limit`."""
-    worst = max(values, default=None)
+    """The largest of `values` must be less than `limit`; NaN is worse than any."""
+    worst = max(values, key=lambda value: math.inf if math.isnan(value) else value, default=None)
     return Bar(what, f"< {limit:g}", worst, None if worst is None else worst < limit)
 
 

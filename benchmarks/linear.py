@@ -41,8 +41,9 @@ from benchmarks.shapes import (
 from benchmarks.timing import COLD_BYTES, copies_for, copy_bandwidth, graph_times, interleaved, read_bandwidth
 from benchmarks.variants import Variant, aaac, dense
 
-#: What limits torch, MKL and oneDNN to AVX2.
+#: What limits torch, MKL, oneDNN and our kernel to AVX2.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX2 |= {"AAAC_CPU_ISA": "avx2"}
 DEFAULTS = {
     "cpu": {
         "shapes": CPU_SHAPES,
@@ -161,6 +162,11 @@ def ratio_table(rows: list[dict], baseline: str) -> str:
     return table(lines, header)
 
 
+def unsteady(rows: list[dict]) -> int:
+    """How many rows scatter so much that their median says little: 80 % quantile over 1.5 times the 20 % one."""
+    return sum(row["us_80"] > 1.5 * row["us_20"] for row in rows)
+
+
 def show(report: dict, device: str) -> None:
     """Print the tables."""
     print(headline(report["environment"]))
@@ -171,6 +177,8 @@ def show(report: dict, device: str) -> None:
         rows = [row for row in report["rows"] if row.get("threads", 0) == threads]
         print(f"\n{what} bandwidth {bandwidth / 1e9:.1f} GB/s; speed over {BASELINE[device]}:\n")
         print(ratio_table(rows, BASELINE[device]))
+        if count := unsteady(rows):
+            print(f"\n{count} of {len(rows)} timings scatter by more than half: the machine is busy, measure again.")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -111,8 +111,8 @@ def aaac(n: int, k: int, fmt: str, group_size: int, device: str, dtype: torch.dt
 
 
 def modes(device: str) -> tuple[str | None, ...]:
-    """Modes to time: those of `aaac_ao.cpu_mode` on a CPU, where it exists; None is the default."""
-    return CPU_MODES if device == "cpu" and hasattr(aaac_ao, "cpu_mode") else (None,)
+    """Modes to time: those of `aaac_ao.cpu_mode` on a CPU; None is the only one elsewhere."""
+    return CPU_MODES if device == "cpu" else (None,)
 
 
 def mode_context(mode: str | None) -> Callable[[], contextlib.AbstractContextManager]:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 HELPER = pathlib.Path(__file__).with_name("kernels_in_interpreter.py")
-GPU_SCRIPT = HELPER.parent.parent / "benchmarks" / "gpu_all.py"
 KINDS = [f"{kernel} G={group_size}" for kernel in ("linear", "dequantize") for group_size in (16, 32, 64, 128)]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -135,25 +134,11 @@ def test_splits_fill_the_machine_and_keep_their_tiles():
         assert splits <= dispatch.MAX_SPLITS
 
 
-def _gpu_script(part: str, out: pathlib.Path, *flags: str, **env: str) -> dict:
-    """The JSON that one part of the GPU script writes."""
-    command = [sys.executable, str(GPU_SCRIPT), "--part", part, "--out", str(out), *flags]
-    run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(out.read_text())
-
-
-@pytest.mark.parametrize("part", ["environment", "large", "prefill"])
-def test_gpu_script_walks_through_its_parts_on_a_cpu(part, tmp_path):
-    if fault := _interpreter_fault():
-        pytest.skip(fault)
-    result = _gpu_script(part, tmp_path / "out.json", "--dry-run", TRITON_INTERPRET="1")
-    assert result.get("right", True)
-    assert all(row["us"] > 0 for row in result.get("rows", []))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_error_is_within_rounding_on_the_gpu(tmp_path):
-    result = _gpu_script("correctness", tmp_path / "out.json")
-    assert result["right"], result
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", "numerics", "--json", str(out)]
+    run = subprocess.run(command, cwd=HELPER.parent.parent, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert json.loads(out.read_text())["right"]
