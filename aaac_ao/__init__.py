@@ -32,6 +32,7 @@ with _StartUpChatter():
     from aaac_ao.ops import cpu_mode
     from aaac_ao.statistics import merge_statistics
     from aaac_ao.tensor import AAACTensor
+    from aaac_ao.warming import warmup
 
 _torchao.register()
 
@@ -46,4 +47,5 @@ __all__ = [
     "collect_statistics",
     "cpu_mode",
     "merge_statistics",
+    "warmup",
 ]

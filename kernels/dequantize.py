@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lut import decode_scale, load_codes, lookup
+from .lut import decode_scale, load_codes, lookup, round_to
 
 
 @triton.jit
@@ -41,4 +41,4 @@ def dequantize_kernel(
     if per_tensor_scale_ptr is not None:
         w = w * tl.load(per_tensor_scale_ptr)
     pointers = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(pointers, w.to(w_ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers, round_to(w, w_ptr.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: stored bytes -> codes, scale bits -> magnitude and book, the exact dot.
+"""Device functions shared by the kernels: stored bytes -> codes, scale bits -> magnitude and book, sums -> y.
 
 M, N, K are tokens, out_features, in_features; G is the group size. A stored tile is 16 rows x 64 columns = 512 bytes.
 Only plain `tl`, so that Triton's interpreter runs the same source on a CPU; it mixes no global constants with its loop
@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Triton's interpreter multiplies the bit patterns of bf16 operands as integers; there the same values go in as fp32.
 DOT_DTYPE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
@@ -56,82 +57,18 @@ def decode_scale(bits):
 
 
 @triton.jit
+def round_to(value, DTYPE: tl.constexpr):
+    """The fp32 `value` rounded to nearest, ties to even; by hand where Triton's interpreter would cut it."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
 def lookup(codebook_ptr, selector, codes):
     """codebooks[selector, codes] in bf16; `selector` int32 broadcasts against `codes`."""
     return tl.load(codebook_ptr + (selector * 16 + codes.to(tl.int32)))
-
-
-@triton.jit
-def high_part(x):
-    """The fp32 `x` cut (not rounded, so that nothing overflows) to the 8 significant bits of bf16."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exact_dot(w, x):
-    """The fp32 product w @ x with w bf16 and x of any float type, on bf16 tensor cores.
-
-    x = x1 + x2 (fp16) or x1 + x2 + x3 (fp32) splits into bf16 parts without a remainder: 11 or 24 significant bits in
-    pieces of 8. Products of two bf16 numbers are exact in fp32. Small parts are added first.
-    """
-    if x.dtype == tl.bfloat16:
-        return tl.dot(w.to(DOT_DTYPE), x.to(DOT_DTYPE), input_precision="ieee")
-    whole = x.to(tl.float32)
-    first = high_part(whole)
-    rest = tl.where(whole == first, 0.0, whole - first)  # an infinity is its own first part
-    second = high_part(rest)
-    w = w.to(DOT_DTYPE)
-    total = tl.dot(w, second.to(tl.bfloat16).to(DOT_DTYPE), input_precision="ieee")
-    if x.dtype == tl.float32:
-        third = (rest - second).to(tl.bfloat16)
-        total += tl.dot(w, third.to(DOT_DTYPE), input_precision="ieee")
-    return tl.dot(w, first.to(tl.bfloat16).to(DOT_DTYPE), acc=total, input_precision="ieee")
-
-
-@triton.jit
-def weight_times_x(
-    x_ptr,
-    qdata_ptr,
-    scale_ptr,
-    codebook_ptr,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_qdata,
-    stride_scale,
-    m,
-    pid_n,
-    first_tile,
-    last_tile,
-    G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """sum_g |s[n, g]| * sum_{k in g} codebooks[signbit(s[n, g]), code[n, k]] * x[m, k], fp32 [BLOCK_N, BLOCK_M].
-
-    The sum runs over the columns of the tiles first_tile .. last_tile - 1. The weight is the first operand, so that few
-    tokens need only a narrow second one. A step lies inside one group: the scale multiplies fp32 sums and never rounds
-    a weight.
-    """
-    STEP: tl.constexpr = G if G < 64 else 64
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_step = tl.arange(0, STEP)
-    x_row = x_ptr + m.to(tl.int64) * stride_x
-    scale_row = scale_ptr + n.to(tl.int64) * stride_scale
-    tile_row = pid_n * (BLOCK_N // 16)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    last_step = tl.minimum(last_tile * (64 // STEP), tl.cdiv(K, STEP))
-    for step in tl.range(first_tile * (64 // STEP), last_step, loop_unroll_factor=64 // STEP):
-        k = step * STEP + in_step
-        codes = load_codes(qdata_ptr, stride_qdata, tile_row, tl.cdiv(N, 16), step * STEP, BLOCK_N, STEP)
-        bits = tl.load(scale_row + step * STEP // G, mask=n < N, other=0)
-        magnitude, selector = decode_scale(bits)
-        w = lookup(codebook_ptr, selector[:, None], codes)
-        # the codes that pad a tile are 0, not weight 0: the zeros of x keep them out
-        x = tl.load(x_row[None, :] + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)
-        total += exact_dot(w, x) * magnitude[:, None]
-    return total
 
 
 @triton.jit

@@ -1,30 +1,37 @@
 """Run the kernels in Triton's interpreter on CPU tensors and print, as JSON, how far they are from an fp64 oracle.
 
-    TRITON_INTERPRET=1 python tests/kernels_in_interpreter.py
+    TRITON_INTERPRET=1 python tests/kernels_in_interpreter.py PART SEED
 
-A process of its own, because Triton decides when a kernel is defined whether it is interpreted. Each result is
+PART is "portable" or "assembly"; in the second, the fast lookups run too, in the PTX machine of `ptx.py`. A process of
+its own, because Triton decides when a kernel is defined whether it is interpreted. Each result is
 {"kind", "case", "ratio"}: the largest error over its bound. A right kernel has ratios up to 1; the results of the
 kinds that start with "broken" come from a damaged weight and must be above 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import random
 import sys
+import tempfile
 from dataclasses import dataclass
 
+import gluon_stand_in
+import ptx
 import torch
+import triton.language as tl
 
 from aaac_ao.formats import load_scale
-from aaac_ao.kernels import dispatch
+from aaac_ao.kernels import blocks, dispatch, launch, table, verify
 from aaac_ao.packing import pack, unpack
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (16, 32, 64, 128)
-TOKENS = (0, 1, 2, 5, 16, 17, 33)
-SHAPES = ((33, 200), (16, 64), (1, 1), (50, 130), (19, 257), (64, 128), (70, 47), (32, 192))
+TOKENS = ((0, 0), (1, 1), (2, 8), (9, 16), (17, 32), (33, 64), (65, 130))
+SHAPES = ((33, 200), (16, 64), (1, 1), (50, 130), (19, 300), (64, 512), (70, 47), (32, 192), (40, 600))
 VIEWS = ("whole", "rows", "columns", "both")
 
 
@@ -62,6 +69,10 @@ def random_scale(n: int, groups: int, group_size: int) -> torch.Tensor:
     scale = torch.randn(n, groups) * 2.0 ** torch.randint(-4, 1, (n, groups))
     zero = torch.rand(n, groups) < 0.1
     return torch.where(zero, torch.zeros_like(scale).copysign(scale), scale).bfloat16()
+
+
+def scale_dtype(group_size: int) -> torch.dtype:
+    return torch.float8_e4m3fn if group_size == 16 else torch.bfloat16
 
 
 def exact_weight(qdata, scale, codebooks, per_tensor_scale, group_size: int, k: int) -> torch.Tensor:
@@ -105,15 +116,33 @@ def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return info.eps * (exact.abs() + info.smallest_normal)
 
 
+def multiplied_weight(weight: Weight, dtype: torch.dtype, tokens: int) -> torch.Tensor:
+    """The weight that `linear` multiplies x with, in fp64: exact, or rounded to x's dtype where that is documented.
+
+    Few tokens: |scale| * entry is rounded, in fp16 with scale and entry in fp16 and the entry in units of the power of
+    two below the largest. Many tokens: the whole weight is, as `dequantize` does.
+    """
+    if not dispatch.rounds_weights(dtype, tokens, weight.group_size, weight.qdata.device):
+        return weight.exact
+    if tokens > table.Limits().fused_tokens:
+        return weight.exact.to(dtype).double()
+    unit = 1.0 if weight.per_tensor_scale is None else weight.per_tensor_scale.double()
+    if dtype == torch.float16:
+        unit = unit * 2.0 ** weight.codebooks.double().abs().max().log2().floor()
+    return (weight.exact / unit).to(dtype).double() * unit
+
+
 def linear_ratio(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> float:
     """Error of `dispatch.linear` over: rounding of y's dtype + K + 8 fp32 roundings of the sum of magnitudes."""
     y = dispatch.linear(x, *weight.stored, bias=bias)
-    exact = x.double() @ weight.exact.T
-    size = x.double().abs() @ weight.exact.abs().T
+    w, tokens = multiplied_weight(weight, x.dtype, len(x)), len(x)
+    exact = x.double() @ w.T
+    size = x.double().abs() @ w.abs().T
+    before_bias = rounding(exact, x.dtype) if tokens > table.Limits().fused_tokens else 0.0
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     assert (y.shape, y.dtype, y.is_contiguous()) == (exact.shape, x.dtype, True)
-    bound = rounding(exact, x.dtype) + (x.shape[1] + 8) * 2.0**-24 * size
+    bound = rounding(exact, x.dtype) + (x.shape[1] + 8) * 2.0**-24 * size + before_bias
     return ratio(y, exact, bound)
 
 
@@ -134,8 +163,8 @@ def ratio(value: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> floa
 
 def linear_results():
     shapes, views, layouts = itertools.cycle(SHAPES), itertools.cycle(VIEWS + VIEWS[:3]), itertools.cycle(range(3))
-    for index, (group_size, m, dtype) in enumerate(itertools.product(GROUP_SIZES, TOKENS, DTYPES)):
-        (n, k), view, layout = next(shapes), next(views), next(layouts)
+    for index, (group_size, (low, high), dtype) in enumerate(itertools.product(GROUP_SIZES, TOKENS, DTYPES)):
+        (n, k), view, layout, m = next(shapes), next(views), next(layouts), random.randint(low, high)
         weight, x = random_weight(n, k, group_size, view), random_x(m, k, dtype, layout)
         bias = torch.randn(n).to(dtype) if index % 2 else None
         case = f"M={m} N={n} K={k} G={group_size} {dtype} {view} x{layout} bias={bias is not None}"
@@ -144,12 +173,22 @@ def linear_results():
 
 def split_results():
     """K long enough to be split; the last range of the second is short, that of the third empty."""
-    for (n, k), group_size, dtype in itertools.product(((20, 512), (20, 1100), (16, 4680)), (16, 128), DTYPES):
+    for (n, k), group_size, dtype in itertools.product(((20, 1024), (20, 1400), (16, 2330)), (16, 128), DTYPES):
         weight, x = random_weight(n, k, group_size, "whole"), random_x(3, k, dtype, 0)
-        splits = dispatch.choose_splits(n, k, 16)
+        splits = table.choose_splits(launch.ceil_div(n, 16), k // 256, 128)
         assert splits > 1
         case = f"M=3 N={n} K={k} G={group_size} {dtype} splits={splits}"
         yield {"kind": "split K", "case": case, "ratio": linear_ratio(weight, x, torch.randn(n).to(dtype))}
+
+
+def rounding_results():
+    """The documented rounding is the only one: half a unit in the last place of every weight."""
+    for group_size, m, dtype in itertools.product((16, 64), (2, 40, 70), DTYPES[:2]):
+        weight, x = random_weight(40, 300, group_size, "whole"), random_x(m, 300, dtype, 0)
+        y, exact = dispatch.linear(x, *weight.stored).double(), x.double() @ weight.exact.T
+        size = x.double().abs() @ weight.exact.abs().T
+        bound = rounding(exact, dtype) + (torch.finfo(dtype).eps / 2 + 308 * 2.0**-24) * size + 1e-6
+        yield {"kind": "rounding", "case": f"M={m} G={group_size} {dtype}", "ratio": ratio(y, exact, bound)}
 
 
 def dequantize_results():
@@ -163,7 +202,7 @@ def dequantize_results():
 
 def flip_scale(weight: Weight) -> None:
     """Move the first group of row 17 to the other codebook."""
-    bits = weight.scale.view(dispatch.BITS[weight.scale.dtype])
+    bits = weight.scale.view(launch.BITS[weight.scale.dtype])
     bits[17, 0] ^= -(2**15) if bits.dtype == torch.int16 else 2**7
 
 
@@ -172,14 +211,20 @@ def flip_code(weight: Weight) -> None:
     weight.qdata[1, 5 * 16] ^= 8
 
 
+def damaged_weight(group_size: int, damage) -> Weight:
+    """A weight that was damaged after its exact value was noted."""
+    weight = random_weight(33, 200, group_size, "whole")
+    weight.scale[17] = 1.5  # the damaged row is made of groups of one size
+    weight.codebooks.copy_(torch.stack([torch.linspace(-1, 1, 16), torch.linspace(2, 1, 16)]))
+    weight.exact = exact_weight(*weight.stored, 200)
+    damage(weight)
+    return weight
+
+
 def broken_results():
-    """The same checks on a weight that was damaged after its exact value was noted."""
+    """The same checks on damaged weights."""
     for group_size, dtype, damage in itertools.product(GROUP_SIZES, DTYPES, (flip_scale, flip_code)):
-        weight = random_weight(33, 200, group_size, "whole")
-        weight.scale[17] = 1.5  # the damaged row is made of groups of one size
-        weight.codebooks.copy_(torch.stack([torch.linspace(-1, 1, 16), torch.linspace(2, 1, 16)]))
-        weight.exact = exact_weight(*weight.stored, 200)
-        damage(weight)
+        weight = damaged_weight(group_size, damage)
         x = torch.rand(2, 200).to(dtype)  # no sign, so that the damages of a group cannot cancel
         x[:, 8] = 8  # one code out of 200 must show through the rounding of y
         for kind, worst in (("linear", linear_ratio(weight, x, None)), ("dequantize", dequantize_ratio(weight, dtype))):
@@ -190,7 +235,7 @@ def special_results():
     """Zeros of both signs, an infinite token, and x as large as fp32 goes."""
     for group_size in GROUP_SIZES:
         weight = random_weight(20, 150, group_size, "whole")
-        weight.scale.view(dispatch.BITS[weight.scale.dtype])[::2] = 0
+        weight.scale.view(launch.BITS[weight.scale.dtype])[::2] = 0
         weight.scale[1::2] = -0.0
         zero = dispatch.linear(torch.randn(3, 150), *weight.stored)
         yield {"kind": "special", "case": f"zero scales G={group_size}", "ratio": 2.0 * zero.abs().max().item()}
@@ -204,8 +249,100 @@ def special_results():
         yield {"kind": "special", "case": f"infinity and largest x {dtype}", "ratio": 0.0 if good else math.inf}
 
 
+def far_results(folder: str):
+    """Rows of codes and of scales that start more than 2^31 bytes apart, in files with holes."""
+    codes = torch.from_file(f"{folder}/codes", shared=True, size=9 * 2**28, dtype=torch.uint8)
+    scales = torch.from_file(f"{folder}/scales", shared=True, size=3 * 2**30, dtype=torch.uint8)
+    for m, dtype in ((2, torch.bfloat16), (2, torch.float32), (70, torch.float16)):
+        weight = random_weight(130, 200, 16, "whole")
+        far = codes.as_strided(weight.qdata.shape, (2**28, 1)).copy_(weight.qdata)
+        case = f"codes M={m} {dtype}"
+        far_weight = dataclasses.replace(weight, qdata=far)
+        yield {"kind": "far", "case": case, "ratio": linear_ratio(far_weight, random_x(m, 200, dtype, 0), None)}
+        yield {"kind": "far", "case": f"dequantize {case}", "ratio": dequantize_ratio(far_weight, dtype)}
+        weight = random_weight(3, 200, 16, "whole")
+        far = scales.as_strided(weight.scale.shape, (2**30, 1)).copy_(weight.scale.view(torch.uint8))
+        far_weight = dataclasses.replace(weight, scale=far.view(weight.scale.dtype))
+        case = f"scales M={m} {dtype}"
+        yield {"kind": "far", "case": case, "ratio": linear_ratio(far_weight, random_x(m, 200, dtype, 0), None)}
+        yield {"kind": "far", "case": f"dequantize {case}", "ratio": dequantize_ratio(far_weight, dtype)}
+
+
+def fast_results():
+    """The kernels with their assembly, against the oracle and bit for bit against the portable twin."""
+    tl.inline_asm_elementwise = ptx.inline_asm_elementwise
+    portable, fast = (lambda *_: False), (lambda *_: True)
+    shapes, views = itertools.cycle(((33, 300), (50, 600), (17, 130))), itertools.cycle(VIEWS)
+    for group_size, (low, high), dtype in itertools.product(GROUP_SIZES, TOKENS[2:6], DTYPES[:2]):
+        (n, k), view, m = next(shapes), next(views), random.randint(low, high)
+        weight, x, bias = random_weight(n, k, group_size, view), random_x(m, k, dtype, 0), torch.randn(n).to(dtype)
+        verify.fast_is_right = portable
+        twin = dispatch.linear(x, *weight.stored, bias=bias)
+        verify.fast_is_right = fast
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view}"
+        equal = torch.equal(dispatch.linear(x, *weight.stored, bias=bias), twin)
+        yield {"kind": "assembly is the twin", "case": case, "ratio": 0.0 if equal else math.inf}
+        yield {"kind": "assembly", "case": case, "ratio": linear_ratio(weight, x, bias)}
+    for group_size, m, words in itertools.product(GROUP_SIZES, (5, 40), (True, False)):
+        shape = (m, 37, 64 * 4 * 2 + 80)
+        layer = (
+            *verify.problem(torch.device("cpu"), DTYPES[0], scale_dtype(group_size), group_size, shape, words),
+            None,
+        )
+        assert launch.in_words(layer[2]) == words
+        verify.fast_is_right = portable
+        twin = dispatch.linear(*layer, group_size)
+        verify.fast_is_right = fast
+        equal = torch.equal(dispatch.linear(*layer, group_size), twin)
+        case = f"M={m} G={group_size} words={words}"
+        yield {"kind": "assembly is the twin", "case": case, "ratio": 0.0 if equal else math.inf}
+    for group_size, damage in itertools.product((16, 64), (flip_scale, flip_code)):
+        weight = damaged_weight(group_size, damage)
+        x = torch.rand(2, 200).bfloat16()
+        x[:, 8] = 8
+        case = f"{damage.__name__} G={group_size}"
+        yield {"kind": "broken assembly", "case": case, "ratio": linear_ratio(weight, x, None)}
+
+
+def far_in_temporary_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        yield from far_results(folder)
+
+
+def pair_results():
+    """The kernel with the pair table and its assembly, on a stand-in for Gluon, against the portable twin."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch.pairs = gluon_stand_in.load_pairs(folder)
+    for (group_size, m), dtype in zip(itertools.product((16, 64, 128), (3, 11)), itertools.cycle(DTYPES[:2])):
+        n, k = random.choice(((130, 512), (261, 768), (40, 1024)))
+        problem = verify.problem(torch.device("cpu"), dtype, scale_dtype(group_size), group_size, (m, n, k))
+        per_tensor_scale = torch.tensor(0.7) if group_size == 16 else None
+        layer = (*problem, per_tensor_scale, group_size, torch.randn(n).to(dtype))
+        twin = launch.launch_fused(*layer, blocks.block_for(m), asm=False)
+        y = launch.launch_pairs(*layer)
+        difference = ((y - twin).abs().amax(0) / twin.abs().amax(0)).max().item()
+        case = f"M={m} N={n} K={k} G={group_size} {dtype}"
+        # another order of fp32 sums may round y to its neighbour
+        yield {"kind": "pair table", "case": case, "ratio": difference / torch.finfo(dtype).eps}
+        problem[1][n // 16, 5 * 16] ^= 8
+        difference = ((launch.launch_pairs(*layer) - twin).abs().amax(0) / twin.abs().amax(0)).max().item()
+        yield {"kind": "broken pair table", "case": case, "ratio": difference / torch.finfo(dtype).eps}
+
+
+PARTS = {
+    "portable": (
+        far_in_temporary_folder,
+        linear_results,
+        split_results,
+        rounding_results,
+        dequantize_results,
+        special_results,
+        broken_results,
+    ),
+    "assembly": (fast_results, pair_results),
+}
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
+    torch.manual_seed(int(sys.argv[2])), random.seed(int(sys.argv[2]))
     torch.set_num_threads(1)
-    parts = (linear_results, split_results, dequantize_results, special_results, broken_results)
-    json.dump([result for part in parts for result in part()], sys.stdout, allow_nan=True)
+    json.dump([result for part in PARTS[sys.argv[1]] for result in part()], sys.stdout, allow_nan=True)

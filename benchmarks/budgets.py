@@ -1,0 +1,31 @@
+"""How many machine instructions the kernels may spend on a weight, in their main loops.
+
+An H200 has to retire about 30 weights per clock and multiprocessor to use its memory; a multiprocessor issues 128 lane
+instructions per clock. The bounds hold for Triton 3.6 and sm_90; `benchmarks/sass.py` counts.
+"""
+
+from __future__ import annotations
+
+#: By kernel: "small" for up to 16 tokens, "medium" for 17 to 64; by scale format.
+BUDGETS = {
+    ("small", "int4"): 4.0,
+    ("small", "nvfp4"): 4.4,
+    ("medium", "int4"): 5.2,
+    ("medium", "nvfp4"): 5.2,
+    ("pairs", "int4"): 2.6,
+    ("pairs", "nvfp4"): 2.6,
+}
+#: (kernel, x, group, tokens) that need more: fp16 x with groups of 32 converts a bf16 scale for every 8 weights of a
+#: lane; the pair table with 9 to 16 tokens has twice the products of up to 8.
+EXCEPTIONS = {
+    ("fused", "fp16", 32, 16): 4.2,
+    ("pairs", "bf16", 16, 16): 2.9,
+    ("pairs", "bf16", 64, 16): 2.7,
+    ("pairs", "bf16", 128, 16): 2.7,
+    ("pairs", "fp16", 16, 16): 2.9,
+    ("pairs", "fp16", 64, 16): 2.9,
+    ("pairs", "fp16", 128, 16): 2.8,
+}
+#: The Triton and the target that the budgets are for, and the bound for small M with any newer Triton.
+TRITON, CAPABILITY = "3.6", 90
+NEWEST_SMALL = 5.2
