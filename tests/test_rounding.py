@@ -17,7 +17,7 @@ needs_library = pytest.mark.skipif(compiled.library() is None, reason="the packa
 @pytest.fixture(params=[pytest.param("compiled", marks=needs_library), "pytorch"])
 def path(request, monkeypatch):
     if request.param == "pytorch":
-        monkeypatch.setattr(rounding.compiled, "library", lambda: None)
+        monkeypatch.setattr(compiled, "library", lambda: None)
     return request.param
 
 
@@ -41,6 +41,10 @@ def errors_of(rounded, target, metric, sizes, books) -> torch.Tensor:
     """e^T M e of every row, fp64."""
     error = target.double() - rounded.values(books, sizes).double()
     return ((metric.matrix.double() @ error) * error).sum(0)
+
+
+def test_both_paths_take_the_same_blocks():
+    assert compiled.MOST_COLUMNS == BLOCK_COLUMNS
 
 
 def test_metric_of_its_factor():
@@ -131,7 +135,7 @@ def test_both_paths_agree_on_a_layer(monkeypatch):
         errors = []
         for library in (compiled.library, lambda: None):
             with monkeypatch.context() as patch:
-                patch.setattr(rounding.compiled, "library", library)
+                patch.setattr(compiled, "library", library)
                 fresh = Statistics(statistics.second_moment, statistics.tokens, statistics.hessian)
                 errors.append(float(encode(weight, config, fresh).error))
         assert errors[0] == pytest.approx(errors[1], rel=0.01)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from aaac_ao.encode.scales import reciprocal
-from aaac_ao.kernels.cpu import rounding as compiled
 
-#: Most columns of a block.
-BLOCK_COLUMNS = compiled.MOST_COLUMNS
+#: Most columns of a block, in the C library too.
+BLOCK_COLUMNS = 256
 #: Passes of coordinate descent over the columns of a block.
 SWEEPS = 3
 
@@ -82,6 +81,8 @@ def round_block(
         codebooks: [2, 16] fp32, ascending.
         candidates: [count, groups, N] fp32 >= 0, scales that are tried; the first wins ties.
     """
+    from aaac_ao.kernels.cpu import rounding as compiled
+
     if target.device.type == "cpu" and compiled.library() is not None:
         ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
         parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates, ends)
