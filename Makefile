@@ -53,4 +53,4 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist *.egg-info
+	rm -rf $(VENV) .venv-peers build dist *.egg-info kernels/cpu/*.so

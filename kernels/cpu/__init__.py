@@ -13,6 +13,7 @@ import ctypes
 import functools
 import logging
 import os
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -43,11 +44,11 @@ _X = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library with its signatures, or None after one warning."""
+    path = Path(__file__).parent / f"_linear{sysconfig.get_config_var('EXT_SUFFIX')}"
     try:
-        path = next(Path(__file__).parent.glob("_linear*.so"))
         library = ctypes.CDLL(str(path))
-    except (StopIteration, OSError) as error:
-        reason = "is missing" if isinstance(error, StopIteration) else f"cannot be loaded ({error})"
+    except OSError as error:
+        reason = f"cannot be loaded ({error})" if path.exists() else "is missing"
         logger.warning(
             "the CPU kernel of aaac_ao %s: linear layers on the CPU decode their weights at every call, which is up "
             "to a hundred times slower. Install a C compiler (gcc or clang), then reinstall aaac_ao: "
