@@ -22,7 +22,7 @@ from tqdm import tqdm
 from aaac_ao.block_pass import BlockPass, Options, Report
 from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of, hooks
 from aaac_ao.calibrate import FilterFn, reporting, selected_layers
-from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint
+from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint, hand_back_memory
 from aaac_ao.config import AAACConfig
 from aaac_ao.first_pass import (
     Batch,
@@ -103,7 +103,12 @@ def calibrate_checkpoint(
     run = fingerprint(layers, rows, batches or [], options.settings(), disk.device)
     folder = OutputFolder(out, run, disk, blocks)
     try:
-        with reporting(len(layers), progress) as report:
+        with reporting(len(layers), progress) as show:
+
+            def report(name: str, error: float, count: int = 1) -> None:
+                show(name, error, count)
+                hand_back_memory()
+
             if batches is None:
                 _without_data(disk, blocks, layers, config, report, folder)
             else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -205,6 +208,13 @@ class ModelOnDisk:
             prefix, _, leaf = _split(names[0])
             found[(first or names)[0]] = tensor.to(getattr(self._modules[prefix], leaf).dtype).contiguous()
         return found
+
+
+def hand_back_memory() -> None:
+    """Let glibc give freed memory back to the system, of which it else keeps more and more pieces."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -177,7 +177,7 @@ def test_zero_constant_and_dead_layers(tmp_path):
     model = load_model(expected)
     assert not model.model.layers[0].mlp.down_proj.weight.dequantize().any()
     constant = model.model.layers[1].mlp.up_proj.weight.dequantize()
-    assert torch.allclose(constant.float(), torch.tensor(0.25), rtol=0.02)
+    assert torch.allclose(constant.float(), torch.tensor(0.25), rtol=0.1)
     assert torch.isfinite(model.model.layers[1].self_attn.o_proj.weight.dequantize()).all()
 
 
