@@ -65,7 +65,7 @@ def mma_v2(a, b, total):
 
 
 def load_pairs(folder: str):
-    """The module `aaac_ao.kernels.pairs` on this stand-in, from a copy in `folder` with its constants spelled in `tl`."""
+    """The module `aaac_ao.kernels.pairs` on this stand-in, from a copy in `folder` with constants spelled in `tl`."""
     source = pathlib.Path(importlib.util.find_spec("aaac_ao.kernels").origin).with_name("pairs.py").read_text()
     source = source.replace("= gl.constexpr(", "= (").replace("gl.constexpr", "tl.constexpr")
     source = source.replace("from .assembly", "import triton.language as tl\n\nfrom aaac_ao.kernels.assembly")
