@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from aaac_ao import cpu_mode, ops
 from aaac_ao.kernels import cpu
+from aaac_ao.kernels.cpu import library
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.best_isa()) + 1]
@@ -305,7 +306,7 @@ def test_beyond_the_crossover(isa, kind):
 
 def test_without_the_library(kind, monkeypatch, tmp_path, caplog):
     """The ops work, and one warning says what to do."""
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
     for cached in (cpu._library, cpu.best_isa):
         cached.cache_clear()
     s, x = sample(40, 200, *kind), torch.randn(3, 200)

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
-import sysconfig
-from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from .library import load
 
 #: Arithmetic of `linear`: fp32; 16-bit integers for inputs and books; 7 or 8 bits for inputs and 8 for books.
 MODES = ("exact", "int16", "int8")
@@ -43,18 +40,9 @@ _X = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library with its signatures, or None after one warning."""
-    path = Path(__file__).parent / f"_linear{sysconfig.get_config_var('EXT_SUFFIX')}"
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        reason = f"cannot be loaded ({error})" if path.exists() else "is missing"
-        logger.warning(
-            "the CPU kernel of aaac_ao %s: linear layers on the CPU decode their weights at every call, which is up "
-            "to a hundred times slower. Install a C compiler (gcc or clang), then reinstall aaac_ao: "
-            "pip install --force-reinstall --no-deps aaac_ao (or -e . in its repository)",
-            reason,
-        )
+    """The library with its signatures, or None."""
+    library = load("_linear")
+    if library is None:
         return None
     library.aaac_linear.argtypes = [ctypes.c_int] * 3 + _X + _WEIGHT + [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     library.aaac_dequantize.argtypes = [ctypes.c_int] * 2 + _WEIGHT + [ctypes.c_void_p]

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
-from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from .library import load
 
 #: Most columns of a block.
 MOST_COLUMNS = 256
@@ -21,20 +19,11 @@ MOST_COLUMNS = 256
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None after one warning."""
+    """The library, or None; `AAAC_CPU_ISA=none` in the environment asks to do without."""
     if os.environ.get("AAAC_CPU_ISA") == "none":
         return None
-    try:
-        path = next(Path(__file__).parent.glob("_rounding*.so"))
-        found = ctypes.CDLL(str(path))
-    except (StopIteration, OSError) as error:
-        reason = "is missing" if isinstance(error, StopIteration) else f"cannot be loaded ({error})"
-        logger.warning(
-            "the encoder's C library %s: second-order rounding on the CPU takes about twenty times longer. Install a C "
-            "compiler (gcc or clang), then reinstall aaac_ao: pip install --force-reinstall --no-deps aaac_ao (or -e . "
-            "in its repository)",
-            reason,
-        )
+    found = load("_rounding")
+    if found is None:
         return None
     found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_round_block.restype = None
