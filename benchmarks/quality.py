@@ -90,6 +90,9 @@ def _environment(threads: int) -> dict[str, str]:
         "MSLK_PYTHON_ONLY": "1",  # its library needs CUDA, its quantiser does not
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # glibc else keeps freed memory, and a peak would say little about what a method holds
+        "MALLOC_MMAP_THRESHOLD_": "4194304",
+        "MALLOC_TRIM_THRESHOLD_": "8388608",
     }
 
 
