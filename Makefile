@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PEERS := $(patsubst benchmarks/environments/%.txt,.venv-peers/%/.installed,$(wildcard benchmarks/environments/*.txt))
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench peers sanitize clean
+.PHONY: demo test lint bench peers gates gates-newest sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/aaac-ao demo
@@ -38,6 +38,19 @@ peers: $(PEERS)
 	.venv-peers/$*/bin/python $(PIP) $$(grep '^torch==' constraints.txt) -r $<
 	touch $@
 
+# Machine instructions of the GPU kernels, counted without a GPU, against their budgets
+gates: $(STAMP)
+	$(BIN)/python benchmarks/sass.py --check
+
+# The same with the newest Triton, in an environment of its own
+gates-newest: .venv-newest/.installed
+	.venv-newest/bin/python $(PIP) --upgrade triton
+	.venv-newest/bin/python benchmarks/sass.py --check
+
+.venv-newest/.installed:
+	$(PYTHON) -m venv .venv-newest
+	touch $@
+
 # The C kernel under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
 sanitize:
 	mkdir -p build
@@ -53,4 +66,4 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist *.egg-info kernels/cpu/*.so
+	rm -rf $(VENV) .venv-peers .venv-newest build dist *.egg-info kernels/cpu/*.so

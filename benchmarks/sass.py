@@ -244,11 +244,23 @@ def count(variant: Variant) -> Count:
     )
 
 
-def count_all(variants: list[Variant], processes: int = 2) -> list[Count]:
-    """`count` of many variants, in processes of their own."""
+def count_or_reason(variant: Variant) -> Count | str:
+    """`count`, or why the pair table does not compile with a Triton whose Gluon is another."""
+    try:
+        return count(variant)
+    except Exception as error:
+        if variant.kernel != "pairs":
+            raise
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def count_all(variants: list[Variant], processes: int = 2) -> list[Count | str]:
+    """`count_or_reason` of many variants, in processes of their own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return list(pool.map(count, variants, chunksize=4))
+        return list(pool.map(count_or_reason, variants, chunksize=4))
 
 
 def variants(capabilities=CAPABILITIES, dtypes=("bf16", "fp16")) -> list[Variant]:
@@ -316,17 +328,22 @@ def main() -> int:
     arguments = parser.parse_args()
     capabilities = (arguments.capability,) if arguments.capability else CAPABILITIES
     dtypes = (arguments.dtype,) if arguments.dtype else ("bf16", "fp16")
-    results = count_all(variants(capabilities, dtypes), arguments.processes)
+    newest = not triton.__version__.startswith(budgets.TRITON + ".")
+    counted = count_all(variants(capabilities, dtypes), arguments.processes)
+    results = [result for result in counted if isinstance(result, Count)]
+    failures = {result for result in counted if isinstance(result, str)}
     header = ["kernel", "x", "group", "tokens", "budget", *(f"sm_{c}" for c in CAPABILITIES), "registers"]
     print(f"Triton {triton.__version__}\n")
     for row in [header, ["-" * len(name) for name in header], *rows(results)]:
         print("| " + " | ".join(str(cell).ljust(len(name)) for cell, name in zip(row, header, strict=True)) + " |")
-    newest = not triton.__version__.startswith(budgets.TRITON + ".")
+    for failure in failures:
+        print(f"\nThe pair table does not compile, the shuffle kernel takes its place. {failure}")
     wrong = [(result.variant, gate(result, newest)) for result in results]
     for variant, reasons in wrong:
         if reasons:
             print(f"\n{variant}: {'; '.join(reasons)}")
-    return int(arguments.check and any(reasons for _, reasons in wrong))
+    faults = any(reasons for _, reasons in wrong) or (bool(failures) and not newest)
+    return int(arguments.check and faults)
 
 
 if __name__ == "__main__":

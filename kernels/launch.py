@@ -220,7 +220,15 @@ def dense(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, slab_b
     return y
 
 
-def dequantize_into(w, qdata, scale, codebooks, per_tensor_scale, group_size) -> None:
+def dequantize_into(
+    w: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    codebooks: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    group_size: int,
+) -> None:
+    """Write the stored weight to w [N, K], in its dtype."""
     out_features, in_features = w.shape
     programs = ceil_div(out_features, DEQUANTIZE_BLOCK) * ceil_div(in_features, DEQUANTIZE_BLOCK)
     dequantize_kernel[grid(programs, list(w.shape))](

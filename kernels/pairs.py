@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .assembly import LANE, TABLE_LOOKUP, TABLE_LOOKUP_BF16, TABLE_LOOKUP_FP16, UNBIAS_BF16, UNBIAS_FP16
 
+#: Named `thread_barrier` in Triton 3.6, `barrier` later.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 #: Warps of a program, tiles of 64 columns of a step, bytes of the table, programs of a multiprocessor with 228 KiB.
 WARPS, TILES, TABLE_BYTES, PROGRAMS = 8, 4, 65536, 3
 GROUP_SIZES = (16, 64, 128)
@@ -64,7 +66,7 @@ def fill_table(codebook_ptr, exponent, DTYPE: gl.constexpr):
     low = entry_bits(codebook_ptr, book + (byte & 15), exponent, DTYPE)
     high = entry_bits(codebook_ptr, book + (byte >> 4), exponent, DTYPE)
     table.store(low | (high << 16))
-    gl.thread_barrier()
+    barrier()
     return table
 
 

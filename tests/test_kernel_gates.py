@@ -31,7 +31,9 @@ def counts(tmp_path_factory) -> dict[sass.Variant, sass.Count]:
     """Every variant compiled once, in two processes, with a cache of their own: an old one would hide a failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        return {result.variant: result for result in sass.count_all(GATES + UNALIGNED)}
+        results = sass.count_all(GATES + UNALIGNED)
+        assert not [result for result in results if isinstance(result, str)]
+        return {result.variant: result for result in results}
 
 
 needs_budget_triton = pytest.mark.skipif(
@@ -61,7 +63,8 @@ def test_budgets_are_within_reach_of_what_is_needed():
     assert budgets.BUDGETS["small", "nvfp4"] <= 4.4
     assert budgets.BUDGETS["pairs", "nvfp4"] <= 2.6
     assert max(budgets.BUDGETS.values()) <= 5.2
-    assert all(len(key) == 4 and key[3] == 16 for key in budgets.EXCEPTIONS)
+    assert all(bound <= {"fused": 5.21, "pairs": 2.9}[kernel] for (kernel, *_), bound in budgets.EXCEPTIONS.items())
+    assert len(budgets.EXCEPTIONS) <= 5
     assert budgets.NEWEST_SMALL <= 5.2
 
 
