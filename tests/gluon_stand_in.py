@@ -64,21 +64,25 @@ def mma_v2(a, b, total):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
 
 
+GLUON = "triton.experimental.gluon"
+
+
 def load_pairs(folder: str):
     """The module `aaac_ao.kernels.pairs` on this stand-in, from a copy in `folder` with constants spelled in `tl`."""
     source = pathlib.Path(importlib.util.find_spec("aaac_ao.kernels").origin).with_name("pairs.py").read_text()
     source = source.replace("= gl.constexpr(", "= (").replace("gl.constexpr", "tl.constexpr")
+    # the real Gluon may have been imported already, and then is an attribute of its package
+    source = source.replace("from triton.experimental import gluon", f'import sys\n\ngluon = sys.modules["{GLUON}"]')
     source = source.replace("from .assembly", "import triton.language as tl\n\nfrom aaac_ao.kernels.assembly")
     copy = pathlib.Path(folder) / "pairs.py"
     copy.write_text(source)
     gluon, ampere = types.ModuleType("triton.experimental.gluon"), types.ModuleType("ampere")
     gluon.jit, gluon.language, ampere.mma_v2 = triton.jit, language(), mma_v2
-    names = "triton.experimental.gluon"
     stand_ins = {
-        names: gluon,
-        f"{names}.language": gluon.language,
-        f"{names}.language.nvidia": types.ModuleType("nvidia"),
-        f"{names}.language.nvidia.ampere": ampere,
+        GLUON: gluon,
+        f"{GLUON}.language": gluon.language,
+        f"{GLUON}.language.nvidia": types.ModuleType("nvidia"),
+        f"{GLUON}.language.nvidia.ampere": ampere,
     }
     kept = {name: sys.modules.get(name) for name in stand_ins}
     sys.modules.update(stand_ins)

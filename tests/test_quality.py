@@ -142,7 +142,7 @@ def test_a_job_counts_bytes_and_layers(subject, tmp_path, monkeypatch):
 
     def quantise(model: nn.Module, job: peer_job.Job) -> torch.Tensor:
         assert job.options == {"x": 1}
-        ballast = torch.ones(32 << 20, dtype=torch.uint8)  # freed before the end: only the high-water mark knows
+        ballast = torch.ones(96 << 20, dtype=torch.uint8)  # freed before the end: only the high-water mark knows
         model.get_submodule(name).weight.data.mul_(2)
         return ballast[:0].clone()
 
@@ -157,7 +157,7 @@ def test_a_job_counts_bytes_and_layers(subject, tmp_path, monkeypatch):
     assert result["bits"] == pytest.approx((16 * (total - own) + 4 * own + 800) / total)
     assert result["notes"] == ["a note", "13 of 14 layers left in 16 bits"]
     assert set(result["versions"]) == {"torch", "tqdm"}
-    assert result["peak_mb"] > 25
+    assert result["peak_mb"] > 80
     with torch.no_grad():
         subject.model.get_submodule(name).weight *= 2
     assert result["check_loss"] == pytest.approx(peer_job.loss_of(subject.model, subject.calibration(2, 0)), rel=1e-5)
