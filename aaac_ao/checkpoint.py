@@ -159,10 +159,6 @@ class ModelOnDisk:
         tensors = [tensor for name in names for _, tensor in self.source.read([name])]
         yield from zip(*(tensor.split(1024) for tensor in tensors), strict=True)
 
-    def name_of(self, module: nn.Module) -> str:
-        """The qualified name of a part of the model."""
-        return self._names[module]
-
     def stored_name(self, name: str) -> str:
         """The name under which the source holds a tensor of the model."""
         return next(stored for stored, names in self._tied.items() if name in names)
