@@ -33,6 +33,8 @@ GROUP_SIZES = (16, 32, 64, 128)
 TOKENS = ((0, 0), (1, 1), (2, 8), (9, 16), (17, 32), (33, 64), (65, 130))
 SHAPES = ((33, 200), (16, 64), (1, 1), (50, 130), (19, 300), (64, 512), (70, 47), (32, 192), (40, 600))
 VIEWS = ("whole", "rows", "columns", "both")
+#: Books in which the other entry of a code, and that of the code plus or minus 8, is far away.
+WIDE_BOOKS = torch.stack([torch.linspace(-1, 1, 16), torch.linspace(2, 1, 16)])
 
 
 @dataclass
@@ -215,7 +217,7 @@ def damaged_weight(group_size: int, damage) -> Weight:
     """A weight that was damaged after its exact value was noted."""
     weight = random_weight(33, 200, group_size, "whole")
     weight.scale[17] = 1.5  # the damaged row is made of groups of one size
-    weight.codebooks.copy_(torch.stack([torch.linspace(-1, 1, 16), torch.linspace(2, 1, 16)]))
+    weight.codebooks.copy_(WIDE_BOOKS)
     weight.exact = exact_weight(*weight.stored, 200)
     damage(weight)
     return weight
@@ -316,6 +318,8 @@ def pair_results():
     for (group_size, m), dtype in zip(itertools.product((16, 64, 128), (3, 11)), itertools.cycle(DTYPES[:2])):
         n, k = random.choice(((130, 512), (261, 768), (40, 1024)))
         problem = verify.problem(torch.device("cpu"), dtype, scale_dtype(group_size), group_size, (m, n, k))
+        problem[0][:, 8] = 8  # one code must show through the rounding of y
+        problem[3].copy_(WIDE_BOOKS)
         per_tensor_scale = torch.tensor(0.7) if group_size == 16 else None
         layer = (*problem, per_tensor_scale, group_size, torch.randn(n).to(dtype))
         twin = launch.launch_fused(*layer, blocks.block_for(m), asm=False)
