@@ -14,6 +14,9 @@ import triton.language as tl
 from .assembly import halves_to_fp16, lane_id, lookup_scaled_words, lookup_words, select_halves, unbias_e4m3
 from .lut import DOT_DTYPE, decode_scale, lookup, round_to, store_y
 
+#: Neighbouring columns of a dot's operand that Triton gives to a lane, for operands that are joined in registers.
+OPERAND_WIDTH = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
+
 
 @triton.jit
 def largest_exponent(codebook_ptr):
@@ -54,10 +57,10 @@ def load_scales(scale_row, tile, groups, G: tl.constexpr):
     """
     first = tile * 64 // G
     if G == 16:
-        word = tl.zeros(scale_row.shape, tl.int32)
-        for b in tl.static_range(4):
-            word |= tl.load(scale_row + first + b, mask=first + b < groups, other=0).to(tl.int32) << (8 * b)
-        return word
+        byte = tl.arange(0, 4)[None, :]
+        bits = tl.load(scale_row[:, None] + (first + byte), mask=first + byte < groups, other=0).to(tl.int32)
+        # a sum hides from the compiler that these are bytes: it would order the dot's operands for them
+        return tl.sum(bits << (8 * byte), 1)
     if G == 32:
         low = tl.load(scale_row + first, mask=first < groups, other=0).to(tl.int32) & 0xFFFF
         return low | (tl.load(scale_row + first + 1, mask=first + 1 < groups, other=0).to(tl.int32) << 16)
@@ -118,23 +121,27 @@ def decode_fast(words, books, scales, G: tl.constexpr, SCALED: tl.constexpr, DTY
 
 @triton.jit
 def weight_tile(v):
-    """Eight tensors [32, 4] of the codes 0..7 of words -> w [16, 64], columns in the order (c, e1, t, e2, e0).
+    """Eight tensors [32, 4] of the codes 0..7 of words -> w [16, 64], its columns in another order.
 
-    Column 32 c + 8 t + 4 e2 + 2 e1 + e0 of the stored tile. The order of columns is free as long as x has the same; in
-    this one the pairs of a 16-byte load of x are next to each other where the tensor cores take them.
+    Column 32 c + 8 t + 4 e2 + 2 e1 + e0 of the stored tile goes to (c, e1, t, e2, e0), or to (c, e2, e1, t, e0) where a
+    lane holds two neighbours of a dot's operand only. The order of columns is free as long as x has the same; in these
+    the pairs of a 16-byte load of x are next to each other where the tensor cores take them.
     """
     w = tl.join(
         tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3])),
         tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7])),
     )
-    return w.reshape(8, 4, 2, 2, 2, 2, 2).trans(3, 0, 2, 5, 1, 6, 4).reshape(16, 64)
+    w = w.reshape(8, 4, 2, 2, 2, 2, 2)  # g, t, c, h, e0, e1, e2
+    w = w.trans(3, 0, 2, 5, 1, 6, 4) if OPERAND_WIDTH == 4 else w.trans(3, 0, 2, 6, 5, 1, 4)
+    return w.reshape(16, 64)
 
 
 @triton.jit
 def x_tile(left, right, BLOCK_M: tl.constexpr):
     """Columns 0..31 and 32..63 of x, each [32, BLOCK_M] -> [64, BLOCK_M] in the order of `weight_tile`."""
-    x = tl.join(left, right).reshape(4, 2, 2, 2, BLOCK_M, 2)
-    return x.trans(5, 2, 0, 1, 3, 4).reshape(64, BLOCK_M)
+    x = tl.join(left, right).reshape(4, 2, 2, 2, BLOCK_M, 2)  # t, e2, e1, e0, m, c
+    x = x.trans(5, 2, 0, 1, 3, 4) if OPERAND_WIDTH == 4 else x.trans(5, 1, 2, 0, 3, 4)
+    return x.reshape(64, BLOCK_M)
 
 
 @triton.jit

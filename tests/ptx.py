@@ -76,7 +76,8 @@ def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> np.ndarr
 
 def to_fp16_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """cvt.rn.f16x2.f32: two fp32 numbers to a pair of fp16, the first to the high half."""
-    high, low = (round_half(x.view(np.float32).astype(np.float64), "fp16") for x in (high, low))
+    with np.errstate(invalid="ignore", over="ignore"):
+        high, low = (round_half(x.view(np.float32).astype(np.float64), "fp16") for x in (high, low))
     return high << np.uint32(16) | low
 
 

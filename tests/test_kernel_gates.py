@@ -55,6 +55,7 @@ def test_scales_in_single_bytes_cost_no_spills_and_no_shared_memory(counts):
     for variant in UNALIGNED:
         assert counts[variant].stack == 0, variant
         assert counts[variant].shared == 0, variant
+        assert counts[variant].converted == 0, variant
 
 
 def test_budgets_are_within_reach_of_what_is_needed():
@@ -76,6 +77,7 @@ def test_gate_notices_each_fault(counts):
         "instructions": {"instructions": good.variant.budget + 0.1},
         "spill": {"stack": 8},
         "shared memory": {"shared": 1},
+        "operations move": {"converted": 1},
         "loads of 16": {"loads": good.loads - 1},
         "shuffles": {"opcodes": {"SHFL": 1.25}},
     }

@@ -49,7 +49,8 @@ def results() -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "kind", [*KINDS, "split K", "special", "rounding", "far", "assembly", "assembly is the twin", "pair table"]
+    "kind",
+    [*KINDS, "split K", "special", "rounding", "far", "assembly", "assembly is the twin", "pair table", "other order"],
 )
 def test_error_is_within_rounding(results, kind):
     mine = [r for r in results if r["kind"] == kind]
