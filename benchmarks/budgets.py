@@ -15,15 +15,6 @@ BUDGETS = {
     ("pairs", "int4"): 2.6,
     ("pairs", "nvfp4"): 2.6,
 }
-#: (kernel, x, group, tokens) that need more: fp16 x with groups of 32 converts a bf16 scale for every 8 weights of a
-#: lane; the pair table with 9 to 16 tokens has twice the products of up to 8.
-EXCEPTIONS = {
-    ("fused", "fp16", 32, 16): 4.1,
-    ("fused", "fp16", 32, 64): 5.21,
-    ("pairs", "bf16", 16, 16): 2.9,
-    ("pairs", "fp16", 16, 16): 2.9,
-    ("pairs", "fp16", 64, 16): 2.7,
-}
 #: The Triton and the target that the budgets are for, and the bound for small M with any newer Triton.
 TRITON, CAPABILITY = "3.6", 90
 NEWEST_SMALL = 5.2

@@ -62,8 +62,6 @@ class Variant:
     @property
     def budget(self) -> float:
         """Instructions per weight that this variant may take."""
-        if exception := budgets.EXCEPTIONS.get((self.kernel, self.dtype, self.group_size, self.tokens)):
-            return exception
         size = "pairs" if self.kernel == "pairs" else "small" if self.tokens <= 16 else "medium"
         return budgets.BUDGETS[size, "nvfp4" if self.group_size == 16 else "int4"]
 

@@ -28,11 +28,30 @@ def _pairs(line: str) -> str:
     )
 
 
-#: A product as a fused multiply-add with -0.0: rounded once, signs of zeros kept, and sm_80 has no bf16 multiplication.
-_FACTOR = "prmt.b32 f, $11, 0, $12;\nmov.b32 z, 0x80008000;\n"
+def _product(pairs: str, number: str, high: str, kind: str) -> tuple[str, str]:
+    """Text that prepares a factor, and text that multiplies register `pairs` by it.
+
+    The factor is the low half of `number` where `high` is 0, else the high one; in fp16 its magnitude, which is free. A
+    multiplication takes either half of an operand, too, if it is written as halves and not as a PRMT. A product is a
+    fused multiply-add with -0.0: rounded once, signs of zeros kept, and sm_80 has no bf16 multiplication.
+    """
+    prepare = (
+        f".reg .pred q;\n.reg .b16 l, h;\nmov.b32 {{l, h}}, {number};\nsetp.eq.u32 q, {high}, 0;\n"
+        "selp.b16 l, l, h, q;\nmov.b32 f, {l, l};\nmov.b32 z, 0x80008000;\n"
+    )
+    if kind == "f16x2":
+        prepare += "abs.f16x2 f, f;\n"
+    return prepare, f"fma.rn.{kind} {pairs}, {pairs}, f, z;\n"
+
+
+def _scaled_lookup(kind: str) -> str:
+    prepare, multiply = _product("P", "$11", "$12", kind)
+    return _lookup(prepare + _pairs(multiply))
+
+
 LOOKUP = tl.constexpr(_lookup(_pairs("")))
-LOOKUP_BF16 = tl.constexpr(_lookup(_FACTOR + _pairs("fma.rn.bf16x2 P, P, f, z;\n")))
-LOOKUP_FP16 = tl.constexpr(_lookup(_FACTOR + _pairs("fma.rn.f16x2 P, P, f, z;\n")))
+LOOKUP_BF16 = tl.constexpr(_scaled_lookup("bf16x2"))
+LOOKUP_FP16 = tl.constexpr(_scaled_lookup("f16x2"))
 OUTPUTS = "=h," * 8
 LOOKUP_CONSTRAINTS = tl.constexpr(OUTPUTS + "r,r,r")
 SCALED_CONSTRAINTS = tl.constexpr(OUTPUTS + "r,r,r,r,r")
@@ -40,20 +59,23 @@ BF16 = tl.constexpr((tl.bfloat16,) * 8)
 FP16 = tl.constexpr((tl.float16,) * 8)
 
 
-def _table_lookup(scale: str) -> str:
-    """The pairs at the addresses of bytes 0..3 of word $8, in a table at `global_smem`; $9 is the low address byte."""
-    factor = "prmt.b32 f, $10, 0, $11;\nmov.b32 z, 0x80008000;\n" if scale else ""
+def _table_lookup(kind: str | None) -> str:
+    """The pairs at the addresses of bytes 0..3 of word $8, in a table at `global_smem`; times a factor in `kind`.
+
+    The low byte of their addresses is byte 0 of $9, or byte 2 where $10 is 2; bytes 1 and 3 of $9 are 0.
+    """
+    prepare, multiply = _product("p", "$11", "$10", kind) if kind else ("", "")
     lines = "".join(
-        f"prmt.b32 a, $8, $9, {0x7604 | n << 4};\nadd.u32 a, a, b;\nld.shared.b32 p, [a];\n{scale}"
-        f"mov.b32 {{${2 * n}, ${2 * n + 1}}}, p;\n"
+        f"add.u32 a, $10, {0x7704 | n << 4};\nprmt.b32 a, $8, $9, a;\nadd.u32 a, a, b;\nld.shared.b32 p, [a];\n"
+        f"{multiply}mov.b32 {{${2 * n}, ${2 * n + 1}}}, p;\n"
         for n in range(4)
     )
-    return f"{{\n.reg .b32 a, b, p, f, z;\nmov.u32 b, global_smem;\n{factor}{lines}}}"
+    return f"{{\n.reg .b32 a, b, p, f, z;\nmov.u32 b, global_smem;\n{prepare}{lines}}}"
 
 
-TABLE_LOOKUP = tl.constexpr(_table_lookup(""))
-TABLE_LOOKUP_BF16 = tl.constexpr(_table_lookup("fma.rn.bf16x2 p, p, f, z;\n"))
-TABLE_LOOKUP_FP16 = tl.constexpr(_table_lookup("fma.rn.f16x2 p, p, f, z;\n"))
+TABLE_LOOKUP = tl.constexpr(_table_lookup(None))
+TABLE_LOOKUP_BF16 = tl.constexpr(_table_lookup("bf16x2"))
+TABLE_LOOKUP_FP16 = tl.constexpr(_table_lookup("f16x2"))
 #: Two E4M3 codes, moved to the exponents of bf16 or fp16, times the difference of the exponent biases: 2^120 or 2^8.
 _UNBIAS = "{\n.reg .b32 a, z;\nmov.b32 a, FACTOR;\nmov.b32 z, 0x80008000;\nfma.rn.TYPE $0, $1, a, z;\n}"
 UNBIAS_BF16 = tl.constexpr(_UNBIAS.replace("FACTOR", "0x7b807b80").replace("TYPE", "bf16x2"))
@@ -102,10 +124,10 @@ def lookup_words(words, books, halves, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def lookup_scaled_words(words, books, halves, pair, half, DTYPE: tl.constexpr):
-    """Like `lookup_words`, times the low (half = 0x1010) or high (0x3232) number of `pair`, rounded once to DTYPE."""
+def lookup_scaled_words(words, books, halves, pair, high, DTYPE: tl.constexpr):
+    """Like `lookup_words`, times the low (high = 0) or high (1) number of `pair`, rounded once to DTYPE."""
     TYPES: tl.constexpr = BF16 if DTYPE == tl.bfloat16 else FP16
     ASM: tl.constexpr = LOOKUP_BF16 if DTYPE == tl.bfloat16 else LOOKUP_FP16
     return tl.inline_asm_elementwise(
-        ASM, SCALED_CONSTRAINTS, [words, books, halves, pair, half], dtype=TYPES, is_pure=True, pack=1
+        ASM, SCALED_CONSTRAINTS, [words, books, halves, pair, high], dtype=TYPES, is_pure=True, pack=1
     )

@@ -100,7 +100,6 @@ def decode_plain(words, codebook_ptr, exponent, scales, G: tl.constexpr, SCALED:
 def decode_fast(words, books, scales, G: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
     """Like `decode_plain`, with the assembly."""
     column = tl.broadcast_to(tl.arange(0, 4)[None, :] // 2, [32, 4])  # c
-    low_or_high = tl.where(column == 0, 0x1010, 0x3232)
     if G == 16:
         # [g, t, h]: the bytes of c = 0 and c = 1 that lane 4 g + t needs move to bytes 0 and 2
         shift = tl.arange(0, 4)[None, :, None] // 2 * 8
@@ -109,13 +108,11 @@ def decode_fast(words, books, scales, G: tl.constexpr, SCALED: tl.constexpr, DTY
         word = tl.broadcast_to(word[:, :, None, :], [8, 4, 2, 2]).reshape(32, 4)
         pair = tl.broadcast_to(pair[:, :, None, :], [8, 4, 2, 2]).reshape(32, 4)
         halves = select_halves(word, tl.where(column == 0, 0x8888, 0xAAAA))
-        return lookup_scaled_words(words, books, halves, pair, low_or_high, DTYPE)
+        return lookup_scaled_words(words, books, halves, pair, column, DTYPE)
     halves = select_halves(to_words(scales), tl.where(column == 0, 0x9999, 0xBBBB) if G == 32 else 0xBBBB)
     if SCALED:
-        pair = scales & 0x7FFF7FFF
-        if DTYPE == tl.float16:
-            pair = halves_to_fp16(pair)
-        return lookup_scaled_words(words, books, halves, to_words(pair), low_or_high if G == 32 else 0x3232, DTYPE)
+        pair = halves_to_fp16(scales) if DTYPE == tl.float16 else scales & 0x7FFF7FFF
+        return lookup_scaled_words(words, books, halves, to_words(pair), column if G == 32 else 1, DTYPE)
     return lookup_words(words, books, halves, DTYPE)
 
 

@@ -15,7 +15,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .assembly import LANE, TABLE_LOOKUP, TABLE_LOOKUP_BF16, TABLE_LOOKUP_FP16, UNBIAS_BF16, UNBIAS_FP16
+from .assembly import (
+    HALVES_TO_FP16,
+    LANE,
+    TABLE_LOOKUP,
+    TABLE_LOOKUP_BF16,
+    TABLE_LOOKUP_FP16,
+    UNBIAS_BF16,
+    UNBIAS_FP16,
+)
 
 #: Named `thread_barrier` in Triton 3.6, `barrier` later.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -24,7 +32,7 @@ WARPS, TILES, TABLE_BYTES, PROGRAMS = 8, 4, 65536, 3
 GROUP_SIZES = (16, 64, 128)
 MAX_TOKENS = 16
 
-PLAIN_CONSTRAINTS = gl.constexpr("=h," * 8 + "r,r")
+PLAIN_CONSTRAINTS = gl.constexpr("=h," * 8 + "r,r,r")
 SCALED_CONSTRAINTS = gl.constexpr("=h," * 8 + "r,r,r,r")
 BF16_TYPES = gl.constexpr((gl.bfloat16,) * 8)
 FP16_TYPES = gl.constexpr((gl.float16,) * 8)
@@ -89,38 +97,48 @@ def x_tile(x, operand: gl.constexpr, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def decode(
-    words, scale, lane_address, column, half, words_layout: gl.constexpr, by_column: gl.constexpr,
-    operand: gl.constexpr, G: gl.constexpr, SCALED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Words [lanes, 4] and scales [lanes, 2 halves of the tile] -> w [ROWS, 64]."""
-    spread = gl.convert_layout(
-        gl.expand_dims(scale, 1).broadcast_to([LANES, 2, 2]).reshape(LANES, 4), words_layout, assert_trivial=True
-    )
-    types: gl.constexpr = BF16_TYPES if DTYPE == gl.bfloat16 else FP16_TYPES
+def to_words(values, words_layout: gl.constexpr):
+    """Values of the two rows of a lane -> of its words (c, h): [lanes, 2] -> [lanes, 4]."""
+    values = gl.expand_dims(values, 1).broadcast_to([LANES, 2, 2]).reshape(LANES, 4)
+    return gl.convert_layout(values, words_layout, assert_trivial=True)
+
+
+@gluon.jit
+def two_groups(scale, lane_address, G: gl.constexpr, DTYPE: gl.constexpr):
+    """Two scales in a word, for each row of a lane -> the low bytes of its addresses for each, |s| of each in DTYPE.
+
+    Scales and results have a half of the word each; E4M3 scales are in the low bytes of the halves.
+    """
     if G == 16:
+        low = (scale & 0x00800080) | lane_address
         pair = (scale & 0x007F007F) << (4 if DTYPE == gl.bfloat16 else 7)
         unbias: gl.constexpr = UNBIAS_BF16 if DTYPE == gl.bfloat16 else UNBIAS_FP16
         pair = gl.inline_asm_elementwise(unbias, "=r,r", [pair], dtype=gl.int32, is_pure=True, pack=1)
-        low = ((spread >> (16 * column)) & 0x80) | lane_address
     else:
-        low = ((spread >> 24) & 0x80) | lane_address
-        pair = scale & 0x7FFF0000
+        low = ((scale >> 8) & 0x00800080) | lane_address
+        pair = scale & 0x7FFF7FFF
         if DTYPE == gl.float16:
-            pair = pair.to(gl.float32, bitcast=True).to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) << 16
+            pair = gl.inline_asm_elementwise(HALVES_TO_FP16, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
+    return low, pair
+
+
+@gluon.jit
+def decode(
+    words, low, pair, byte, words_layout: gl.constexpr, operand: gl.constexpr, SCALED: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Words [lanes, 4], results of `two_groups` -> w [ROWS, 64]; byte 0 or 2 says which of the two a word takes."""
+    low = to_words(low, words_layout)
     if SCALED:
-        pair = gl.convert_layout(
-            gl.expand_dims(pair, 1).broadcast_to([LANES, 2, 2]).reshape(LANES, 4), words_layout, assert_trivial=True
-        )
-        take = half if G == 16 else gl.zeros_like(half) + 0x3232
         text: gl.constexpr = TABLE_LOOKUP_BF16 if DTYPE == gl.bfloat16 else TABLE_LOOKUP_FP16
-        values = gl.inline_asm_elementwise(
-            text, SCALED_CONSTRAINTS, [words, low, pair, take], dtype=types, is_pure=False, pack=1
-        )
+        inputs = [words, low, byte, to_words(pair, words_layout)]
+        constraints: gl.constexpr = SCALED_CONSTRAINTS
     else:
-        values = gl.inline_asm_elementwise(
-            TABLE_LOOKUP, PLAIN_CONSTRAINTS, [words, low], dtype=types, is_pure=False, pack=1
-        )
+        text: gl.constexpr = TABLE_LOOKUP
+        inputs = [words, low, byte]
+        constraints: gl.constexpr = PLAIN_CONSTRAINTS
+    types: gl.constexpr = BF16_TYPES if DTYPE == gl.bfloat16 else FP16_TYPES
+    values = gl.inline_asm_elementwise(text, constraints, inputs, dtype=types, is_pure=False, pack=1)
     return weight_tile(values, operand)
 
 
@@ -161,16 +179,16 @@ def pairs_kernel(
     table = fill_table(codebook_ptr, exponent, DTYPE)
     lane = gl.arange(0, LANES, gl.SliceLayout(1, words_layout))
     word = gl.arange(0, 4, gl.SliceLayout(0, words_layout))
-    lane_address = gl.inline_asm_elementwise(
-        LANE, "=r,r", [gl.zeros([LANES, 4], gl.int32, words_layout)], dtype=gl.int32, is_pure=True, pack=1
-    )
-    lane_address = lane_address * 4
-    column = gl.zeros([LANES, 4], gl.int32, words_layout) + (word // 2)[None, :]
-    half = gl.where(column == 0, 0x1010, 0x3232)
+    no_byte = gl.zeros([LANES, 4], gl.int32, words_layout)
+    byte_of_column = no_byte + (word // 2 * 2)[None, :]
     row_lane = gl.arange(0, LANES, gl.SliceLayout(1, by_half))
     row_half = gl.arange(0, 2, gl.SliceLayout(0, by_half))
     row_of = (row_lane // 32 * 16 + row_lane % 32 // 4)[:, None] + (row_half * 8)[None, :]
     byte_shift = (row_lane % 4 // 2 * 8)[:, None]
+    lane_address = gl.inline_asm_elementwise(
+        LANE, "=r,r", [gl.zeros([LANES, 2], gl.int32, by_half)], dtype=gl.int32, is_pure=True, pack=1
+    )
+    lane_address = lane_address * 0x00040004  # for both groups of a word
     sum_row = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     sum_token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     token = gl.minimum(gl.arange(0, BLOCK_M, gl.SliceLayout(0, loaded)), M - 1)
@@ -194,6 +212,8 @@ def pairs_kernel(
             scale_ptr.to(gl.pointer_type(gl.int8), bitcast=True)
             + gl.minimum(block * ROWS + sum_row, N - 1).to(gl.int64) * stride_scale * (1 if G == 16 else 2)
         ).to(gl.pointer_type(gl.int32), bitcast=True)
+        scales_at += first * (STEP // SHARE)
+        sums_at += first * (STEP // SHARE)
         x_at = x_ptr + first * (64 * STEP)
         total = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
         part = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
@@ -201,29 +221,33 @@ def pairs_kernel(
         for j in gl.static_range(STEP):
             words += (gl.load(words_at + j * 128, mask=first < last, other=0),)
             if j % SHARE == 0:
-                scales += (gl.load(scales_at + (first * STEP + j) // SHARE, mask=first < last, other=0),)
+                scales += (gl.load(scales_at + j // SHARE, mask=first < last, other=0),)
         for step in range(first, last):
             following = gl.minimum(step + 1, last - 1)
             next_at = words_at + (following - step) * (128 * STEP)
+            next_scales_at = scales_at + (following - step) * (STEP // SHARE)
             next_words, next_scales = (), ()
             for j in gl.static_range(STEP):
-                tile = step * STEP + j
-                scale = scales[j // SHARE]
-                scale = scale >> byte_shift if G == 16 else scale << (16 - ((tile >> (SHARE // 4)) & 1) * 16)
+                if j % SHARE == 0:
+                    scale = scales[j // SHARE]
+                    low, pair = two_groups(scale >> byte_shift if G == 16 else scale, lane_address, G, DTYPE)
+                second = j % SHARE // (SHARE // 2) if SHARE > 1 else 0  # of the groups of a word
+                byte = byte_of_column if G == 16 else no_byte + 2 * second
                 x = x_tile(gl.load(x_at + j * 64 + x_offset), right, BLOCK_M)
-                w = decode(words[j], scale, lane_address, column, half, words_layout, by_column, left, G, SCALED, DTYPE)
+                w = decode(words[j], low, pair, byte, words_layout, left, SCALED, DTYPE)
                 if SCALED:
                     total = mma_v2(w, x, total)
                 else:
                     part = mma_v2(w, x, part)
                     if (j + 1) * 64 % G == 0:
-                        bits = gl.load(sums_at + tile // SHARE) << (16 - ((tile >> (SHARE // 4)) & 1) * 16)
+                        bits = gl.load(sums_at + j // SHARE) << (16 - 16 * second)
                         total += part * (bits & 0x7FFF0000).to(gl.float32, bitcast=True)[:, None]
                         part = gl.zeros([ROWS, BLOCK_M], gl.float32, mma)
                 next_words += (gl.load(next_at + j * 128),)
                 if j % SHARE == 0:
-                    next_scales += (gl.load(scales_at + (following * STEP + j) // SHARE),)
-            words, scales, words_at = next_words, next_scales, next_at
+                    next_scales += (gl.load(next_scales_at + j // SHARE),)
+            words, scales, words_at, scales_at = next_words, next_scales, next_at, next_scales_at
+            sums_at += STEP // SHARE
             x_at += 64 * STEP
         if DTYPE == gl.float16:
             total = total * exponent.to(gl.float32, bitcast=True)

@@ -89,6 +89,9 @@ INSTRUCTIONS = {
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": prmt,
     "lop3.b32": lop3,
+    "setp.eq.u32": lambda a, b: (a == b).astype(np.uint32),
+    "selp.b16": lambda a, b, p: np.where(p, a, b),
+    "abs.f16x2": lambda a: a & np.uint32(0x7FFF7FFF),
     "cvt.rn.f16x2.f32": to_fp16_pair,
     "fma.rn.bf16x2": lambda a, b, c: multiply(a, b, c, "bf16"),
     "fma.rn.f16x2": lambda a, b, c: multiply(a, b, c, "fp16"),
@@ -126,6 +129,9 @@ def run(asm: str, inputs: list[np.ndarray], outputs: int, shared: np.ndarray | N
                 low, high = (part.strip() for part in target[1:-1].split(","))
                 registers[low] = value(operands[0]) & np.uint32(0xFFFF)
                 registers[high] = value(operands[0]) >> np.uint32(16)
+            elif operands[0].startswith("{"):
+                low, high = (value(part.strip()) for part in operands[0][1:-1].split(","))
+                registers[target] = low | high << np.uint32(16)
             else:
                 registers[target] = value(operands[0])
         elif name == "shfl.sync.idx.b32":
