@@ -80,16 +80,22 @@ def linear(
     per_tensor_scale: torch.Tensor | None,
     group_size: int,
     bias: torch.Tensor | None,
+    act_pre_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear layer y = x W^T + bias for x [..., K] in fp32, bf16 or fp16; y [..., N] is in its dtype, summed in fp32.
+
+    act_pre_scale: factors [K] of the features of x, in any float dtype, or None. Factors and products are rounded to
+    x's dtype. On a GPU, kernels for few tokens multiply where they load x, without a pass of its own.
 
     Raises:
         ValueError: the parts do not belong together, x has another number of features, or devices differ.
         TypeError: x is of another dtype.
     """
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
-    _check_operands(x, qdata, scale, bias)
+    _check_operands(x, qdata, scale, bias, act_pre_scale)
     flat = x.reshape(-1, x.shape[-1])
+    if act_pre_scale is not None:
+        flat = flat * act_pre_scale.to(flat.dtype)
     parts = (qdata, scale, codebooks, per_tensor_scale)
     kernel, mode = _cpu(), _cpu_mode.get()
     if kernel.supports(scale, group_size) and len(flat) <= kernel.most_tokens(mode):
@@ -115,39 +121,45 @@ def _linear_in_chunks(flat, qdata, scale, codebooks, per_tensor_scale, group_siz
 
 
 @linear.register_kernel("cuda")
-def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
+def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale=None):
     from aaac_ao.kernels import dispatch
 
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
-    _check_operands(x, qdata, scale, bias)
+    _check_operands(x, qdata, scale, bias, act_pre_scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = dispatch.linear(flat, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
+    y = dispatch.linear(flat, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale)
     return y.view(*x.shape[:-1], scale.shape[0])
 
 
 @linear.register_fake
-def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias):
+def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale=None):
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
-    _check_operands(x, qdata, scale, bias)
+    _check_operands(x, qdata, scale, bias, act_pre_scale)
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
 def _setup_context(ctx, inputs, output):
-    x, qdata, scale, codebooks, per_tensor_scale, group_size, bias = inputs
-    ctx.save_for_backward(qdata, scale, codebooks, per_tensor_scale)
+    x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale = inputs
+    kept_x = x if ctx.needs_input_grad[7] else None
+    ctx.save_for_backward(qdata, scale, codebooks, per_tensor_scale, act_pre_scale, kept_x)
     ctx.group_size, ctx.in_features = group_size, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad):
-    qdata, scale, codebooks, per_tensor_scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    qdata, scale, codebooks, per_tensor_scale, act_pre_scale, kept_x = ctx.saved_tensors
+    grad_x = grad_bias = grad_act_pre_scale = None
+    if ctx.needs_input_grad[0] or kept_x is not None:
         w = dequantize(qdata, scale, codebooks, per_tensor_scale, ctx.group_size, ctx.in_features, grad.dtype)
         grad_x = grad @ w
+    if kept_x is not None:
+        products = (grad_x * kept_x).reshape(-1, ctx.in_features)
+        grad_act_pre_scale = products.sum(0, dtype=torch.float32).to(act_pre_scale.dtype)
+    if grad_x is not None and act_pre_scale is not None:
+        grad_x = grad_x * act_pre_scale.to(grad_x.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_bias
+    return grad_x, None, None, None, None, None, grad_bias, grad_act_pre_scale
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)
@@ -295,11 +307,22 @@ def _check_parts(
         raise ValueError(f"parts on different devices: {', '.join(str(part.device) for part in parts)}")
 
 
-def _check_operands(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_operands(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_pre_scale: torch.Tensor | None,
+) -> None:
     _check_dtype("x", x.dtype)
+    if act_pre_scale is not None:
+        if tuple(act_pre_scale.shape) != (x.shape[-1],):
+            raise ValueError(f"act_pre_scale must have shape [{x.shape[-1]}], got {list(act_pre_scale.shape)}")
+        if not act_pre_scale.is_floating_point():
+            raise TypeError(f"act_pre_scale must be of a float dtype, got {act_pre_scale.dtype}")
     if bias is not None and tuple(bias.shape) != (scale.shape[0],):
         raise ValueError(f"bias must have shape [{scale.shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
+    for name, tensor in (("x", x), ("bias", bias), ("act_pre_scale", act_pre_scale)):
         if tensor is not None and tensor.device != qdata.device:
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}; move one of them")
 

@@ -27,9 +27,7 @@ def _linear(x: torch.Tensor, weight: AAACTensor, bias: torch.Tensor | None) -> t
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    if weight.act_pre_scale is not None:
-        x = x * weight.act_pre_scale.to(x.dtype)
-    return ops.linear(x, *weight._parts(), weight.group_size, bias)
+    return ops.linear(x, *weight._parts(), weight.group_size, bias, weight.act_pre_scale)
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

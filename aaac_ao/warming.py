@@ -57,6 +57,7 @@ def _distinct_layers(model: nn.Module, device: str) -> Iterator[tuple[torch.Tens
             data.group_size,
             data.scale.stride(),
             bias is None,
+            None if data.act_pre_scale is None else data.act_pre_scale.dtype,
         )
         if key not in seen:
             seen.add(key)

@@ -54,6 +54,7 @@ class Warnings(logging.Handler):
 def linear(x: torch.Tensor, weight: AAACTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`aaac_ao::linear`; on a CPU the kernels themselves, which Triton's interpreter runs."""
     parts = (weight.qdata, weight.scale, weight.codebooks, weight.per_tensor_scale, weight.group_size, bias)
+    parts = (*parts, weight.act_pre_scale)
     return torch.ops.aaac_ao.linear(x, *parts) if x.is_cuda else dispatch.linear(x, *parts)
 
 
@@ -84,7 +85,7 @@ def linear_over(weight: AAACTensor, x: torch.Tensor, bias: torch.Tensor | None, 
     y = linear(x, weight, bias)[:, first:]
     tokens, k = x.shape
     w, info = exact_rows(weight, first, weight.out_features), torch.finfo(x.dtype)
-    wide = x.double()
+    wide = (x if weight.act_pre_scale is None else x * weight.act_pre_scale.to(x.dtype)).double()
     exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
     if bias is not None:
         exact, size = exact + bias.double()[first:], size + bias.double().abs()[first:]
@@ -118,10 +119,12 @@ def numerics(args: argparse.Namespace) -> dict:
         w = dequantize(weight, dtype)
         exact = exact_rows(weight, 0, n)
         rows.append([f"dequantize {case}", over(w, exact, rounding(exact, dtype))])
+        with_factors = weight._replace(act_pre_scale=(torch.rand(k, device=args.device) + 0.5).bfloat16())
         for m in tokens:
             x = torch.randn(m, k, device=args.device).to(dtype)
             bias = torch.randn(n, device=args.device).to(dtype) if m % 2 else None
             rows.append([f"linear M={m} {case}", linear_over(weight, x, bias)])
+            rows.append([f"linear M={m} {case} act_pre_scale", linear_over(with_factors, x, bias)])
         late = time.monotonic() - started > args.limit
         result = {**checked(rows), "warnings": handler.messages, "stopped_after": case if late else None}
         result["right"] = result["right"] and not handler.messages

@@ -49,6 +49,7 @@ class Variant:
         tokens: BLOCK_M.
         words: whether scales are loaded 4 bytes at a time.
         asm: False for the portable twin.
+        act: whether x is multiplied by factors (act_pre_scale, in bf16) where it is loaded.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class Variant:
     tokens: int
     words: bool = True
     asm: bool = True
+    act: bool = False
 
     @property
     def budget(self) -> float:
@@ -124,6 +126,7 @@ def compile_kernel(kernel, capability: int, dtype: str, group_size: int, constan
     constants = {"G": group_size, **constants} if "G" in kernel.arg_names else dict(constants)
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "w_ptr", "bias_ptr"), POINTERS[dtype]),
+        "act_ptr": "*bf16",
         "qdata_ptr": "*u8",
         "scale_ptr": "*u8" if group_size == 16 else "*i16",
         "codebook_ptr": "*bf16",
@@ -148,11 +151,12 @@ def compile_variant(variant: Variant):
     """The compiled kernel, and the codes that a lane decodes in one turn of its main loop."""
     blocks = kernels("blocks")
     block = blocks.block_for(variant.tokens)
+    act = {} if variant.act else {"act_ptr": None}
     if variant.kernel == "pairs":
         from triton.experimental.gluon._runtime import GluonASTSource
 
         pairs = kernels("pairs")
-        constants = {"BLOCK_M": block.tokens, "SCALED": blocks.scales_weights(block, variant.group_size)}
+        constants = {**act, "BLOCK_M": block.tokens, "SCALED": blocks.scales_weights(block, variant.group_size)}
         compiled = compile_kernel(
             pairs.pairs_kernel,
             variant.capability,
@@ -164,6 +168,7 @@ def compile_variant(variant: Variant):
         )
         return compiled, pairs.TILES * 32
     constants = {
+        **act,
         "BLOCK_M": block.tokens,
         "ROW_TILES": block.row_tiles,
         "TILES": block.tiles,

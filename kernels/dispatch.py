@@ -24,6 +24,7 @@ def linear(
     per_tensor_scale: torch.Tensor | None,
     group_size: int,
     bias: torch.Tensor | None = None,
+    act_pre_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x @ w.T + bias for a stored weight w [N, K], summed in fp32.
 
@@ -41,6 +42,8 @@ def linear(
         per_tensor_scale: fp32 0-D factor of the whole weight, or None.
         group_size: weights per scale along K; 32, 64 or 128 with bf16 scales, 16 with float8_e4m3fn.
         bias: [N], any float dtype, or None.
+        act_pre_scale: factors [K] of the features of x, any float dtype, or None; factors and products are rounded to
+            x's dtype.
 
     Returns:
         y [M, N] in x's dtype, contiguous.
@@ -55,7 +58,9 @@ def linear(
     out_features = scale.shape[0]
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
+    if act_pre_scale is not None and tuple(act_pre_scale.shape) != (in_features,):
+        raise ValueError(f"act_pre_scale must have shape [{in_features}], got {list(act_pre_scale.shape)}")
+    for name, tensor in (("x", x), ("bias", bias), ("act_pre_scale", act_pre_scale)):
         if tensor is not None and tensor.device != qdata.device:
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}; move one of them")
     if x.dtype == torch.float32:
@@ -65,13 +70,14 @@ def linear(
     limits, _ = table.of_device(x.device)
     if tokens == 0 or out_features == 0:
         return x.new_empty(tokens, out_features)
+    bias, act = _contiguous(bias), _contiguous(act_pre_scale)
     with _on(x):
         if x.dtype == torch.float32:
-            return launch.exact(x if x.stride(1) == 1 else x.contiguous(), *weight, _contiguous(bias))
+            return launch.exact(x if x.stride(1) == 1 else x.contiguous(), *weight, bias, act)
         if tokens > limits.fused_tokens or tokens * in_features > MAX_OFFSET:
-            return launch.dense(x, *weight, bias, limits.slab_bytes)
+            return launch.dense(x, *weight, bias, act, limits.slab_bytes)
         x = x if x.stride(1) == 1 and x.stride(0) * tokens < MAX_OFFSET else x.contiguous()
-        layer = (x, *weight, _contiguous(bias))
+        layer = (x, *weight, bias, act)
         return launch.launch_pairs(*layer) if launch.fits_pairs(*layer, limits.pair_weights) else launch.fused(*layer)
 
 
@@ -156,8 +162,8 @@ def _check_weight(
             raise ValueError(f"parts of the weight on {part.device} and {qdata.device}; move them to one device")
 
 
-def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

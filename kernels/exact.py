@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lut import DOT_DTYPE, decode_scale, load_codes, lookup, store_y
+from .lut import DOT_DTYPE, decode_scale, load_codes, lookup, scale_x, store_y
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def exact_dot(w, x):
 @triton.jit
 def weight_times_x(
     x_ptr,
+    act_ptr,
     qdata_ptr,
     scale_ptr,
     codebook_ptr,
@@ -53,9 +54,9 @@ def weight_times_x(
 ):
     """sum_g |s[n, g]| * sum_{k in g} codebooks[signbit(s[n, g]), code[n, k]] * x[m, k], fp32 [BLOCK_N, BLOCK_M].
 
-    The sum runs over the columns of the tiles first_tile .. last_tile - 1. The weight is the first operand, so that few
-    tokens need only a narrow second one. A step lies inside one group: the scale multiplies fp32 sums and never rounds
-    a weight.
+    x is multiplied by act[k] first, unless act_ptr is None. The sum runs over the columns of the tiles first_tile ..
+    last_tile - 1. The weight is the first operand, so that few tokens need only a narrow second one. A step lies inside
+    one group: the scale multiplies fp32 sums and never rounds a weight.
     """
     STEP: tl.constexpr = G if G < 64 else 64
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,6 +74,8 @@ def weight_times_x(
         w = lookup(codebook_ptr, selector[:, None], codes)
         # the codes that pad a tile are 0, not weight 0: the zeros of x keep them out
         x = tl.load(x_row[None, :] + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)
+        if act_ptr is not None:
+            x = scale_x(x, tl.load(act_ptr + k, mask=k < K, other=0.0)[:, None])
         total += exact_dot(w, x) * magnitude[:, None]
     return total
 
@@ -80,6 +83,7 @@ def weight_times_x(
 @triton.jit(do_not_specialize=["M"])
 def exact_kernel(
     x_ptr,
+    act_ptr,
     qdata_ptr,
     scale_ptr,
     codebook_ptr,
@@ -97,7 +101,7 @@ def exact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[m, n] = per_tensor_scale * sum_k w[n, k] * x[m, k] + bias[n], one block [BLOCK_M, BLOCK_N] per program.
+    """y[m, n] = per_tensor_scale * sum_k w[n, k] * act[k] * x[m, k] + bias[n], a block [BLOCK_M, BLOCK_N] a program.
 
     w[n, k] = |s[n, k // G]| * codebooks[signbit(s[n, k // G]), code[n, k]]. Neighbouring programs share a block of w,
     so that its bytes come from the cache for all but the first. With more than one of num_programs(1) ranges of K, fp32
@@ -110,7 +114,7 @@ def exact_kernel(
     tiles = tl.cdiv(K, 64)
     each = tl.cdiv(tiles, tl.num_programs(1))
     total = weight_times_x(
-        x_ptr, qdata_ptr, scale_ptr, codebook_ptr, M, N, K, stride_x, stride_qdata, stride_scale, m, pid_n,
+        x_ptr, act_ptr, qdata_ptr, scale_ptr, codebook_ptr, M, N, K, stride_x, stride_qdata, stride_scale, m, pid_n,
         split * each, tl.minimum(split * each + each, tiles), G, BLOCK_N, BLOCK_M,
     )  # fmt: skip
     if partial_ptr is None:

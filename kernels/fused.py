@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .assembly import halves_to_fp16, lane_id, lookup_scaled_words, lookup_words, select_halves, unbias_e4m3
-from .lut import DOT_DTYPE, decode_scale, lookup, round_to, store_y
+from .lut import DOT_DTYPE, decode_scale, lookup, round_to, scale_x, store_y
 
 #: Neighbouring columns of a dot's operand that Triton gives to a lane, for operands that are joined in registers.
 OPERAND_WIDTH = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
@@ -142,6 +142,17 @@ def x_tile(left, right, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_act(act_ptr, first, limit, BLOCK_M: tl.constexpr):
+    """Factors of columns first .. first + 31 of x, [32, BLOCK_M]; with a limit, 0 from that column on.
+
+    Loaded for 8 tokens, as a warp lays x out, so that every lane has the factors of its elements.
+    """
+    column = first + tl.broadcast_to(tl.arange(0, 32)[:, None], [32, 8])
+    act = tl.load(act_ptr + column) if limit is None else tl.load(act_ptr + column, mask=column < limit, other=0.0)
+    return tl.broadcast_to(act[:, None, :], [32, BLOCK_M // 8, 8]).reshape(32, BLOCK_M)
+
+
+@triton.jit
 def multiply_tile(
     words, x, total, part, codebook_ptr, exponent, books, scales, G: tl.constexpr, SCALED: tl.constexpr,
     LAST: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
@@ -198,6 +209,7 @@ def load_step_scales(scale_row, tile, mask, G: tl.constexpr, WORDS: tl.constexpr
 @triton.jit(do_not_specialize=["M"])
 def fused_kernel(
     x_ptr,
+    act_ptr,
     qdata_ptr,
     scale_ptr,
     codebook_ptr,
@@ -219,7 +231,7 @@ def fused_kernel(
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y[m, n] = per_tensor_scale * sum_k w[n, k] * x[m, k] + bias[n] for all M <= BLOCK_M tokens at once.
+    """y[m, n] = per_tensor_scale * sum_k w[n, k] * act[k] * x[m, k] + bias[n] for all M <= BLOCK_M tokens at once.
 
     w[n, k] = |s[n, k // G]| * codebooks[signbit(s[n, k // G]), code[n, k]]. SCALED: w is rounded to x's dtype, as if it
     had been dequantised to that; otherwise scales multiply fp32 sums over a group.
@@ -266,7 +278,11 @@ def fused_kernel(
             next_rows += (word_rows[r] + (following - step) * (128 * TILES),)
         for j in tl.static_range(TILES):
             tile = step * TILES + j
-            x = x_tile(tl.load(x_at + j * 64 + x_offset), tl.load(x_at + (j * 64 + 32) + x_offset), BLOCK_M)
+            left, right = tl.load(x_at + j * 64 + x_offset), tl.load(x_at + (j * 64 + 32) + x_offset)
+            if act_ptr is not None:
+                left = scale_x(left, load_act(act_ptr, tile * 64, None, BLOCK_M))
+                right = scale_x(right, load_act(act_ptr, tile * 64 + 32, None, BLOCK_M))
+            x = x_tile(left, right, BLOCK_M)
             next_totals, next_parts = (), ()
             for r in tl.static_range(ROW_TILES):
                 scale = scales[j // SHARE * ROW_TILES + r]
@@ -290,6 +306,9 @@ def fused_kernel(
             # the codes that pad a tile are 0, not weight 0: the zeros of x keep them out
             left = tl.load(x_ptr + tile * 64 + x_offset, mask=column < K, other=0.0)
             right = tl.load(x_ptr + (tile * 64 + 32) + x_offset, mask=column + 32 < K, other=0.0)
+            if act_ptr is not None:
+                left = scale_x(left, load_act(act_ptr, tile * 64, K, BLOCK_M))
+                right = scale_x(right, load_act(act_ptr, tile * 64 + 32, K, BLOCK_M))
             x = x_tile(left, right, BLOCK_M)
             next_totals = ()
             for r in tl.static_range(ROW_TILES):

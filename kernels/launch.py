@@ -43,22 +43,23 @@ def grid(programs: int, shape: list[int]) -> tuple[int]:
     return (programs,)
 
 
-def fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias) -> torch.Tensor:
+def fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act) -> torch.Tensor:
     """Few tokens: codes are decoded inside the product."""
     block = blocks.block_for(x.shape[0])
     words = in_words(scale)
-    variant = ("fused", x.dtype, group_size, block.tokens, words)
+    variant = ("fused", x.dtype, group_size, block.tokens, words, _dtype(act))
 
     def results() -> tuple[torch.Tensor, torch.Tensor]:
         shape = (block.tokens - 1, 16 * block.row_tiles + 5, 64 * block.tiles * 3 + 80)
-        layer = (*verify.problem(x.device, x.dtype, scale.dtype, group_size, shape, words), None, group_size, None)
+        problem = verify.problem(x.device, x.dtype, scale.dtype, group_size, shape, words)
+        layer = (*problem, None, group_size, None, _like(act, shape))
         return launch_fused(*layer, block, asm=True), launch_fused(*layer, block, asm=False)
 
     asm = verify.fast_is_right(variant, x.device, results)
-    return launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, block, asm)
+    return launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act, block, asm)
 
 
-def launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, block, asm) -> torch.Tensor:
+def launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act, block, asm) -> torch.Tensor:
     """`fused` with a given block, with the assembly or as the portable twin."""
     (tokens, in_features), out_features = x.shape, scale.shape[0]
     programs = ceil_div(out_features, 16 * block.row_tiles)
@@ -66,6 +67,7 @@ def launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias,
     y, partial = _results(x, out_features, splits)
     fused_kernel[(programs, splits)](
         x,
+        act,
         qdata,
         scale.view(BITS[scale.dtype]),
         codebooks,
@@ -91,7 +93,7 @@ def launch_fused(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias,
     return _finish(y, partial, per_tensor_scale, bias)
 
 
-def exact(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias) -> torch.Tensor:
+def exact(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act) -> torch.Tensor:
     """Any number of fp32 tokens."""
     (tokens, in_features), out_features = x.shape, scale.shape[0]
     _, block_m, block_n, num_warps = next(row for row in EXACT if tokens <= row[0])
@@ -100,6 +102,7 @@ def exact(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias) -> tor
     y, partial = _results(x, out_features, splits)
     exact_kernel[(programs, splits)](
         x,
+        act,
         qdata,
         scale.view(BITS[scale.dtype]),
         codebooks,
@@ -121,7 +124,7 @@ def exact(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias) -> tor
     return _finish(y, partial, per_tensor_scale, bias)
 
 
-def fits_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, pair_weights) -> bool:
+def fits_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act, pair_weights) -> bool:
     """Whether the pair table is worth filling, takes this layer, and was found right."""
     (tokens, in_features), out_features = x.shape, scale.shape[0]
     if pairs is None or pair_weights is None or out_features * in_features < pair_weights:
@@ -134,13 +137,14 @@ def fits_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, p
 
     def results() -> tuple[torch.Tensor, torch.Tensor]:
         shape = (block.tokens - 1, 2 * 16 * pairs.WARPS + 5, 64 * pairs.TILES * 3)
-        layer = (*verify.problem(x.device, x.dtype, scale.dtype, group_size, shape), None, group_size, None)
+        problem = verify.problem(x.device, x.dtype, scale.dtype, group_size, shape)
+        layer = (*problem, None, group_size, None, _like(act, shape))
         return launch_pairs(*layer), launch_fused(*layer, block, asm=False)
 
-    return verify.fast_is_right(("pairs", x.dtype, group_size, block.tokens), x.device, results)
+    return verify.fast_is_right(("pairs", x.dtype, group_size, block.tokens, _dtype(act)), x.device, results)
 
 
-def launch_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias) -> torch.Tensor:
+def launch_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act) -> torch.Tensor:
     """Up to 16 tokens and a large weight."""
     (tokens, in_features), out_features = x.shape, scale.shape[0]
     block = blocks.block_for(tokens)
@@ -150,6 +154,7 @@ def launch_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
     y, partial = _results(x, out_features, splits)
     pairs.pairs_kernel[(min(row_blocks * splits, resident),)](
         x,
+        act,
         qdata,
         scale.view(BITS[scale.dtype]),
         codebooks,
@@ -170,6 +175,15 @@ def launch_pairs(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias)
         num_warps=pairs.WARPS,
     )
     return _finish(y, partial, per_tensor_scale, bias)
+
+
+def _dtype(act: torch.Tensor | None) -> torch.dtype | None:
+    return None if act is None else act.dtype
+
+
+def _like(act: torch.Tensor | None, shape: tuple[int, int, int]) -> torch.Tensor | None:
+    """Factors of the features of x for a check of shape (M, N, K)."""
+    return None if act is None else torch.linspace(0.5, 1.5, shape[2], device=act.device).to(act.dtype)
 
 
 def _splits(device: torch.device, programs: int, steps: int) -> int:
@@ -201,8 +215,10 @@ def _finish(y, partial, per_tensor_scale, bias):
     return y
 
 
-def dense(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, slab_bytes) -> torch.Tensor:
+def dense(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act, slab_bytes) -> torch.Tensor:
     """Many tokens: slabs of rows are dequantised into one workspace, each multiplied by the vendor's library."""
+    if act is not None:
+        x = x * act.to(x.dtype)
     (tokens, in_features), out_features = x.shape, scale.shape[0]
     rows = max(slab_bytes // (in_features * x.element_size()) // 128, 1) * 128
     rows = ceil_div(ceil_div(out_features, ceil_div(out_features, rows)), 128) * 128  # slabs of about equal size

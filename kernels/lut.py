@@ -66,6 +66,15 @@ def round_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def scale_x(x, factor):
+    """Return x times the factors act_pre_scale, which are rounded to x's dtype first, as is the product."""
+    factor = round_to(factor.to(tl.float32), x.dtype)
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return round_to(x.to(tl.float32) * factor.to(tl.float32), x.dtype)
+    return x * factor
+
+
+@triton.jit
 def lookup(codebook_ptr, selector, codes):
     """codebooks[selector, codes] in bf16; `selector` int32 broadcasts against `codes`."""
     return tl.load(codebook_ptr + (selector * 16 + codes.to(tl.int32)))

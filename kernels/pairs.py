@@ -90,6 +90,12 @@ def weight_tile(v, operand: gl.constexpr):
 
 
 @gluon.jit
+def scale_x(x, factor):
+    """Return x times the factors act_pre_scale, which are rounded to x's dtype first, as is the product."""
+    return x * factor.to(gl.float32).to(x.dtype)
+
+
+@gluon.jit
 def x_tile(x, operand: gl.constexpr, BLOCK_M: gl.constexpr):
     """Columns 32 c + 8 t + 4 e2 + 2 e1 + e0 of x, [64, BLOCK_M], in the order of `weight_tile`."""
     x = x.reshape(2, 4, 2, 2, 2, BLOCK_M).permute(0, 3, 1, 2, 4, 5).reshape(64, BLOCK_M)
@@ -145,6 +151,7 @@ def decode(
 @gluon.jit(do_not_specialize=["M", "splits"])
 def pairs_kernel(
     x_ptr,
+    act_ptr,
     qdata_ptr,
     scale_ptr,
     codebook_ptr,
@@ -192,7 +199,8 @@ def pairs_kernel(
     sum_row = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     sum_token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     token = gl.minimum(gl.arange(0, BLOCK_M, gl.SliceLayout(0, loaded)), M - 1)
-    x_offset = token[None, :] * stride_x + gl.arange(0, 64, gl.SliceLayout(1, loaded))[:, None]
+    column = gl.arange(0, 64, gl.SliceLayout(1, loaded))
+    x_offset = token[None, :] * stride_x + column[:, None]
     steps = K // (64 * STEP)
     each = gl.cdiv(steps, splits)
     for item in range(gl.program_id(0), gl.cdiv(N, ROWS) * splits, gl.num_programs(0)):
@@ -233,7 +241,10 @@ def pairs_kernel(
                     low, pair = two_groups(scale >> byte_shift if G == 16 else scale, lane_address, G, DTYPE)
                 second = j % SHARE // (SHARE // 2) if SHARE > 1 else 0  # of the groups of a word
                 byte = byte_of_column if G == 16 else no_byte + 2 * second
-                x = x_tile(gl.load(x_at + j * 64 + x_offset), right, BLOCK_M)
+                x = gl.load(x_at + j * 64 + x_offset)
+                if act_ptr is not None:
+                    x = scale_x(x, gl.load(act_ptr + (step * STEP + j) * 64 + column)[:, None])
+                x = x_tile(x, right, BLOCK_M)
                 w = decode(words[j], low, pair, byte, words_layout, left, SCALED, DTYPE)
                 if SCALED:
                     total = mma_v2(w, x, total)

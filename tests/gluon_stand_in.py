@@ -16,6 +16,8 @@ import ptx
 import triton
 import triton.language as tl
 
+from aaac_ao.kernels import lut
+
 
 class SharedMemory:
     """What `allocate_shared_memory` returns; the last one stored to is what `ld.shared` reads."""
@@ -93,4 +95,5 @@ def load_pairs(folder: str):
     finally:
         for name, module in kept.items():
             sys.modules.pop(name) if module is None else sys.modules.update({name: module})
+    pairs.scale_x = lut.scale_x  # products of bf16 that the interpreter gets right
     return pairs

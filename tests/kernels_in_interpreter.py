@@ -112,6 +112,17 @@ def random_x(m: int, k: int, dtype: torch.dtype, layout: int) -> torch.Tensor:
     return torch.randn(m, k + 8).to(dtype)[:, 8:] if layout == 1 else torch.randn(k, m).to(dtype).T
 
 
+def random_act(k: int, index: int) -> torch.Tensor | None:
+    """Factors of x of one float dtype after the other, at addresses that are no multiples of 16 bytes, or none."""
+    dtype = (None, torch.float32, None, torch.bfloat16, torch.float16)[index % 5]
+    return None if dtype is None else torch.randn(k + 3).to(dtype)[3:]
+
+
+def times(x: torch.Tensor, act: torch.Tensor | None) -> torch.Tensor:
+    """What the kernels multiply weights with, fp64: the factors and then the products rounded to x's dtype."""
+    return (x if act is None else (x.double() * act.to(x.dtype).double()).to(x.dtype)).double()
+
+
 def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One unit in the last place of `dtype`, subnormals included: the interpreter cuts fp32 to bf16, it rounds not."""
     info = torch.finfo(dtype)
@@ -134,12 +145,18 @@ def multiplied_weight(weight: Weight, dtype: torch.dtype, tokens: int) -> torch.
     return (weight.exact / unit).to(dtype).double() * unit
 
 
-def linear_ratio(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Error of `dispatch.linear` over: rounding of y's dtype + K + 8 fp32 roundings of the sum of magnitudes."""
-    y = dispatch.linear(x, *weight.stored, bias=bias)
-    w, tokens = multiplied_weight(weight, x.dtype, len(x)), len(x)
-    exact = x.double() @ w.T
-    size = x.double().abs() @ w.abs().T
+def linear_ratio(
+    weight: Weight, x: torch.Tensor, bias: torch.Tensor | None, act: torch.Tensor | None = None, damage: float = 1.0
+) -> float:
+    """Error of `dispatch.linear` over: rounding of y's dtype + K + 8 fp32 roundings of the sum of magnitudes.
+
+    The kernel gets the factor of column 8 times `damage`.
+    """
+    given = act if damage == 1 else torch.where(torch.arange(len(act)) == 8, act * damage, act)
+    y = dispatch.linear(x, *weight.stored, bias=bias, act_pre_scale=given)
+    w, tokens, wide = multiplied_weight(weight, x.dtype, len(x)), len(x), times(x, act)
+    exact = wide @ w.T
+    size = wide.abs() @ w.abs().T
     before_bias = rounding(exact, x.dtype) if tokens > table.Limits().fused_tokens else 0.0
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
@@ -168,9 +185,28 @@ def linear_results():
     for index, (group_size, (low, high), dtype) in enumerate(itertools.product(GROUP_SIZES, TOKENS, DTYPES)):
         (n, k), view, layout, m = next(shapes), next(views), next(layouts), random.randint(low, high)
         weight, x = random_weight(n, k, group_size, view), random_x(m, k, dtype, layout)
-        bias = torch.randn(n).to(dtype) if index % 2 else None
-        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view} x{layout} bias={bias is not None}"
-        yield {"kind": f"linear G={group_size}", "case": case, "ratio": linear_ratio(weight, x, bias)}
+        bias, act = torch.randn(n).to(dtype) if index % 2 else None, random_act(k, index)
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view} x{layout} bias={bias is not None} {act_name(act)}"
+        yield {"kind": f"linear G={group_size}", "case": case, "ratio": linear_ratio(weight, x, bias, act)}
+
+
+def act_results():
+    """Factors of x in every dtype, in every kernel."""
+    sizes, dtypes = itertools.cycle(((33, 300), (17, 130), (20, 1400))), itertools.cycle((1, 3, 4, 3))
+    for group_size, m, dtype in itertools.product((16, 64, 128), (3, 12, 40, 70), DTYPES):
+        n, k = next(sizes)
+        weight, x, act = random_weight(n, k, group_size, "whole"), random_x(m, k, dtype, 0), random_act(k, next(dtypes))
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {act_name(act)}"
+        yield {"kind": "act_pre_scale", "case": case, "ratio": linear_ratio(weight, x, None, act)}
+        x, act = x.abs(), act.abs()  # no sign, so that nothing cancels what column 8 adds
+        x[:, 8], act[8] = 8, 4
+        weight.codebooks.abs_(), weight.scale.fill_(1)
+        weight.exact = exact_weight(*weight.stored, k)
+        yield {"kind": "broken act_pre_scale", "case": case, "ratio": linear_ratio(weight, x, None, act, 1.5)}
+
+
+def act_name(act: torch.Tensor | None) -> str:
+    return "" if act is None else f"act {act.dtype}"
 
 
 def split_results():
@@ -180,7 +216,8 @@ def split_results():
         splits = table.choose_splits(launch.ceil_div(n, 16), k // 256, 128)
         assert splits > 1
         case = f"M=3 N={n} K={k} G={group_size} {dtype} splits={splits}"
-        yield {"kind": "split K", "case": case, "ratio": linear_ratio(weight, x, torch.randn(n).to(dtype))}
+        act = random_act(k, n + group_size // 64)
+        yield {"kind": "split K", "case": case, "ratio": linear_ratio(weight, x, torch.randn(n).to(dtype), act)}
 
 
 def rounding_results():
@@ -275,16 +312,17 @@ def fast_results():
     tl.inline_asm_elementwise = ptx.inline_asm_elementwise
     portable, fast = (lambda *_: False), (lambda *_: True)
     shapes, views = itertools.cycle(((33, 300), (50, 600), (17, 130))), itertools.cycle(VIEWS)
-    for group_size, (low, high), dtype in itertools.product(GROUP_SIZES, TOKENS[2:6], DTYPES[:2]):
+    for index, (group_size, (low, high), dtype) in enumerate(itertools.product(GROUP_SIZES, TOKENS[2:6], DTYPES[:2])):
         (n, k), view, m = next(shapes), next(views), random.randint(low, high)
         weight, x, bias = random_weight(n, k, group_size, view), random_x(m, k, dtype, 0), torch.randn(n).to(dtype)
+        act = random_act(k, index)
         verify.fast_is_right = portable
-        twin = dispatch.linear(x, *weight.stored, bias=bias)
+        twin = dispatch.linear(x, *weight.stored, bias=bias, act_pre_scale=act)
         verify.fast_is_right = fast
-        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view}"
-        equal = torch.equal(dispatch.linear(x, *weight.stored, bias=bias), twin)
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {view} {act_name(act)}"
+        equal = torch.equal(dispatch.linear(x, *weight.stored, bias=bias, act_pre_scale=act), twin)
         yield {"kind": "assembly is the twin", "case": case, "ratio": 0.0 if equal else math.inf}
-        yield {"kind": "assembly", "case": case, "ratio": linear_ratio(weight, x, bias)}
+        yield {"kind": "assembly", "case": case, "ratio": linear_ratio(weight, x, bias, act)}
     for group_size, m, words in itertools.product(GROUP_SIZES, (5, 40), (True, False)):
         shape = (m, 37, 64 * 4 * 2 + 80)
         layer = (
@@ -321,17 +359,20 @@ def pair_results():
     """The kernel with the pair table and its assembly, on a stand-in for Gluon, against the portable twin."""
     with tempfile.TemporaryDirectory() as folder:
         launch.pairs = gluon_stand_in.load_pairs(folder)
-    for (group_size, m), dtype in zip(itertools.product((16, 64, 128), (3, 11)), itertools.cycle(DTYPES[:2])):
+    for index, (group_size, m) in enumerate(itertools.product((16, 64, 128), (3, 11))):
+        dtype = DTYPES[index % 2]
         n, k = random.choice(((130, 512), (261, 768), (40, 1024)))
         problem = verify.problem(torch.device("cpu"), dtype, scale_dtype(group_size), group_size, (m, n, k))
         problem[0][:, 8] = 8  # one code must show through the rounding of y
         problem[3].copy_(WIDE_BOOKS)
         per_tensor_scale = torch.tensor(0.7) if group_size == 16 else None
-        layer = (*problem, per_tensor_scale, group_size, torch.randn(n).to(dtype))
+        if (act := random_act(k, index)) is not None:
+            act[8] = 1
+        layer = (*problem, per_tensor_scale, group_size, torch.randn(n).to(dtype), act)
         twin = launch.launch_fused(*layer, blocks.block_for(m), asm=False)
         y = launch.launch_pairs(*layer)
         difference = ((y - twin).abs().amax(0) / twin.abs().amax(0)).max().item()
-        case = f"M={m} N={n} K={k} G={group_size} {dtype}"
+        case = f"M={m} N={n} K={k} G={group_size} {dtype} {act_name(act)}"
         # another order of fp32 sums may round y to its neighbour
         yield {"kind": "pair table", "case": case, "ratio": difference / torch.finfo(dtype).eps}
         problem[1][n // 16, 5 * 16] ^= 8
@@ -343,6 +384,7 @@ PARTS = {
     "portable": (
         far_in_temporary_folder,
         linear_results,
+        act_results,
         split_results,
         rounding_results,
         dequantize_results,

@@ -131,8 +131,9 @@ def test_views_in_a_graph(kind):
     torch.testing.assert_close(got, function(x, w))
 
 
-def test_export(kind):
-    model = Block(kind, torch.float32).requires_grad_(False)
+@pytest.mark.parametrize("act_pre_scale", [False, True])
+def test_export(kind, act_pre_scale):
+    model = Block(kind, torch.float32, act_pre_scale).requires_grad_(False)
     x = torch.randn(3, 80)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("m", min=2, max=64)}})
     used = [node.target for node in program.graph.nodes if node.op == "call_function"]

@@ -23,6 +23,12 @@ UNALIGNED = [
     for group_size in sass.GROUP_SIZES
     for tokens in (8, 64)
 ]
+#: With factors of x: bf16 ones, which fp16 kernels have to convert.
+ACT = [
+    sass.Variant(kernel, budgets.CAPABILITY, dtype, group_size, tokens, act=True)
+    for kernel, group_size, tokens in (("fused", 16, 8), ("fused", 32, 16), ("fused", 64, 64), ("pairs", 16, 16))
+    for dtype in ("bf16", "fp16")
+]
 TWINS = [sass.Variant("fused", capability, "bf16", 16, 8, asm=False) for capability in (80, 120)]
 
 
@@ -31,7 +37,7 @@ def counts(tmp_path_factory) -> dict[sass.Variant, sass.Count]:
     """Every variant compiled once, in two processes, with a cache of their own: an old one would hide a failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        results = sass.count_all(GATES + UNALIGNED)
+        results = sass.count_all(GATES + UNALIGNED + ACT)
         assert not [result for result in results if isinstance(result, str)]
         return {result.variant: result for result in results}
 
@@ -56,6 +62,15 @@ def test_scales_in_single_bytes_cost_no_spills_and_no_shared_memory(counts):
         assert counts[variant].stack == 0, variant
         assert counts[variant].shared == 0, variant
         assert counts[variant].converted == 0, variant
+
+
+@needs_budget_triton
+def test_factors_of_x_cost_no_spills_and_no_shared_memory(counts):
+    for variant in ACT:
+        result, without = counts[variant], counts[dataclasses.replace(variant, act=False)]
+        assert result.stack == 0, variant
+        assert (result.shared, result.converted) == (without.shared, without.converted), variant
+        assert result.opcodes["HMUL2"] > without.opcodes["HMUL2"], variant
 
 
 def test_budgets_are_within_reach_of_what_is_needed():

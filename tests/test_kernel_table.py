@@ -100,7 +100,7 @@ def layer(n: int, k: int, group_size: int, tokens: int = 4) -> tuple:
     """A layer without memory, as `launch.fits_pairs` takes it."""
     scale = torch.empty(n, k // group_size, dtype=torch.float8_e4m3fn if group_size == 16 else torch.bfloat16)
     qdata = torch.empty(n // 16, k * 8, dtype=torch.uint8)
-    return torch.empty(tokens, k).bfloat16(), qdata, scale, torch.empty(2, 16).bfloat16(), None, group_size, None
+    return torch.empty(tokens, k).bfloat16(), qdata, scale, torch.empty(2, 16).bfloat16(), None, group_size, None, None
 
 
 def test_the_pair_table_is_for_large_layers_that_it_takes_and_after_its_check(monkeypatch):
@@ -118,6 +118,16 @@ def test_the_pair_table_is_for_large_layers_that_it_takes_and_after_its_check(mo
     assert {name for name, arguments in refused.items() if launch.fits_pairs(*arguments)} == set()
     monkeypatch.setattr(launch.verify, "fast_is_right", lambda *_: False)
     assert not launch.fits_pairs(*layer(256, 512, 16), 1)
+
+
+def test_factors_of_x_make_a_variant_that_is_checked_for_itself(monkeypatch):
+    if launch.pairs is None:
+        pytest.skip("no Gluon")
+    variants = []
+    monkeypatch.setattr(launch.verify, "fast_is_right", lambda variant, *_: variants.append(variant) or True)
+    for act in (None, torch.ones(512), torch.ones(512).bfloat16()):
+        assert launch.fits_pairs(*layer(256, 512, 16)[:-1], act, 1)
+    assert len(set(variants)) == 3
 
 
 def test_without_gluon_the_shuffle_kernel_runs(monkeypatch):

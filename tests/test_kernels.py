@@ -50,7 +50,18 @@ def results() -> list[dict]:
 
 @pytest.mark.parametrize(
     "kind",
-    [*KINDS, "split K", "special", "rounding", "far", "assembly", "assembly is the twin", "pair table", "other order"],
+    [
+        *KINDS,
+        "split K",
+        "special",
+        "rounding",
+        "far",
+        "assembly",
+        "assembly is the twin",
+        "pair table",
+        "other order",
+        "act_pre_scale",
+    ],
 )
 def test_error_is_within_rounding(results, kind):
     mine = [r for r in results if r["kind"] == kind]
@@ -59,7 +70,10 @@ def test_error_is_within_rounding(results, kind):
     assert not too_far, f"{len(too_far)} of {len(mine)} cases: {too_far[:5]}"
 
 
-@pytest.mark.parametrize("kind", ["broken linear", "broken dequantize", "broken assembly", "broken pair table"])
+@pytest.mark.parametrize(
+    "kind",
+    ["broken linear", "broken dequantize", "broken assembly", "broken pair table", "broken act_pre_scale"],
+)
 def test_a_damaged_weight_is_noticed(results, kind):
     mine = [r for r in results if r["kind"] == kind]
     assert mine
@@ -99,6 +113,8 @@ def _arguments(n: int = 32, k: int = 128, group_size: int = 64, **changes) -> di
         ({"codebooks": torch.zeros(16, dtype=torch.bfloat16)}, r"codebooks .* \[16\]"),
         ({"per_tensor_scale": torch.zeros((), dtype=torch.bfloat16)}, "per_tensor_scale"),
         ({"bias": torch.zeros(31)}, r"bias .* \[31\]"),
+        ({"act_pre_scale": torch.ones(127)}, r"act_pre_scale must have shape \[128\], got \[127\]"),
+        ({"act_pre_scale": torch.ones(128, device="meta")}, "act_pre_scale is on meta, the weight on cpu"),
         ({"bias": torch.zeros(32, device="meta")}, "bias is on meta, the weight on cpu"),
         ({"x": torch.zeros(2, 128, device="meta")}, "x is on meta, the weight on cpu"),
         ({"codebooks": torch.zeros(2, 16, dtype=torch.bfloat16, device="meta")}, "on meta and cpu"),

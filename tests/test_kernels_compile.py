@@ -68,8 +68,8 @@ def test_finish(capability):
         assert sass.compile_kernel(launch.finish_kernel, capability, dtype, group_size, constants).asm["cubin"]
 
 
-def test_without_bias_and_without_splits():
-    assert compile_exact(1, 90, 128, bias_ptr=None, partial_ptr=None).asm["cubin"]
+def test_without_factors_bias_and_splits():
+    assert compile_exact(1, 90, 128, act_ptr=None, bias_ptr=None, partial_ptr=None).asm["cubin"]
 
 
 def test_the_spill_check_sees_spills():

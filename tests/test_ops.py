@@ -40,6 +40,19 @@ def test_linear(n, k, fmt, group_size, dtype):
         assert_product(y, x, s.dense(), bias)
 
 
+@pytest.mark.parametrize("act_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_act_pre_scale(dtype, act_dtype):
+    """Factors and products are rounded to x's dtype, for few and for many tokens."""
+    s = sample(37, 172)
+    factors = (torch.rand(172) + 0.5).to(act_dtype)
+    for leading in ((), (2, 3), (0,), (100,)):
+        x = torch.randn(*leading, 172, dtype=dtype)
+        y = ops.linear(x, *s.parts, 64, None, factors)
+        assert y.dtype == dtype
+        assert_product(y, (x.double() * factors.to(dtype).double()).to(dtype), s.dense())
+
+
 @pytest.mark.parametrize(("fmt", "group_size"), KINDS)
 def test_negative_zero_selects_the_second_book(fmt, group_size):
     """A -0.0 scale gives zeros that carry the signs of book 1, and a wrong book would show in those signs."""
@@ -125,6 +138,10 @@ def test_opcheck(fmt_group):
     torch.library.opcheck(
         torch.ops.aaac_ao.linear.default, (x.detach(), *s.parts, s.group_size, None), test_utils=checks
     )
+    for factors in (torch.rand(172), torch.rand(172, dtype=torch.bfloat16, requires_grad=True)):
+        x = torch.randn(3, 172, requires_grad=True)
+        arguments = (x, *s.parts, s.group_size, None, factors)
+        torch.library.opcheck(torch.ops.aaac_ao.linear.default, arguments, test_utils=checks)
     torch.library.opcheck(
         torch.ops.aaac_ao.dequantize.default, (*s.parts, s.group_size, 172, torch.float16), test_utils=checks
     )
@@ -158,6 +175,30 @@ def test_gradients(fmt_group, compiled):
         for grad, expected in zip(got, want, strict=True):
             assert grad.dtype == torch.float32
             torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_through_act_pre_scale(compiled):
+    """Those of x and of the factors, each where it is asked for."""
+    s = sample(37, 172)
+    parts = s.parts
+
+    def function(x, factors):
+        return ops.linear(x, *parts, 64, None, factors)
+
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    upstream = torch.randn(2, 3, 37)
+    for of_x, of_factors in ((True, True), (True, False), (False, True)):
+        x, factors = torch.randn(2, 3, 172, requires_grad=of_x), (torch.rand(172) + 0.5).requires_grad_(of_factors)
+        wide = [t.detach().double().requires_grad_() for t in (x, factors)]
+        (torch.nn.functional.linear(wide[0] * wide[1], s.dense()) * upstream.double()).sum().backward()
+        (function(x, factors) * upstream).sum().backward()
+        for tensor, exact, wanted in zip((x, factors), wide, (of_x, of_factors), strict=True):
+            assert (tensor.grad is not None) == wanted
+            if wanted:
+                torch.testing.assert_close(tensor.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_dtypes():
@@ -294,6 +335,14 @@ def _arguments(**changes) -> dict:
         ({"bias": torch.randn(38)}, ValueError, r"bias must have shape \[37\], got \[38\]"),
         ({"bias": torch.randn(1)}, ValueError, r"bias must have shape \[37\], got \[1\]"),
         ({"bias": torch.randn(3, 37)}, ValueError, "bias must have shape"),
+        ({"act_pre_scale": torch.ones(171)}, ValueError, r"act_pre_scale must have shape \[172\], got \[171\]"),
+        ({"act_pre_scale": torch.ones(1, 172)}, ValueError, r"act_pre_scale must have shape \[172\]"),
+        (
+            {"act_pre_scale": torch.ones(172).int()},
+            TypeError,
+            "act_pre_scale must be of a float dtype, got torch.int32",
+        ),
+        ({"act_pre_scale": torch.ones(172, device="meta")}, ValueError, "act_pre_scale is on meta, the weight on cpu"),
     ],
 )
 def test_linear_errors(changes, error, message):

@@ -25,6 +25,13 @@ def test_layers_of_one_kind_count_once():
     ]
 
 
+def test_factors_of_x_make_a_kind_of_their_own():
+    """A kernel that multiplies them in is another one, for every dtype they have."""
+    layers = model()
+    layers[1].weight = nn.Parameter(layers[1].weight.data._replace(act_pre_scale=torch.ones(64)), requires_grad=False)
+    assert len(list(_distinct_layers(layers, "cpu"))) == 4
+
+
 def test_every_kind_runs_for_every_number_of_tokens(monkeypatch):
     calls = []
     real = nn.functional.linear
