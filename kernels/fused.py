@@ -76,7 +76,10 @@ def magnitudes(word):
 
 
 @triton.jit
-def decode_plain(words, codebook_ptr, exponent, scales, G: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
+def decode_plain(
+    words, codebook_ptr, exponent, scales, G: tl.constexpr, SECOND: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """The weights of the codes 0..7 of each word, without assembly; times their scales, rounded once, if SCALED."""
     word = to_words(scales)
     column = tl.arange(0, 4)[None, :] // 2  # c
@@ -86,7 +89,7 @@ def decode_plain(words, codebook_ptr, exponent, scales, G: tl.constexpr, SCALED:
     elif G == 32:
         magnitude, selector = decode_scale((word >> (16 * column)).to(tl.int16))
     else:
-        magnitude, selector = decode_scale((word >> 16).to(tl.int16))
+        magnitude, selector = decode_scale((word >> (16 * SECOND)).to(tl.int16))
     values = ()
     for v in tl.static_range(8):
         value = to_dtype(lookup(codebook_ptr, selector, (words >> (4 * v)) & 15), exponent, DTYPE)
@@ -97,7 +100,7 @@ def decode_plain(words, codebook_ptr, exponent, scales, G: tl.constexpr, SCALED:
 
 
 @triton.jit
-def decode_fast(words, books, scales, G: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
+def decode_fast(words, books, scales, G: tl.constexpr, SECOND: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
     """Like `decode_plain`, with the assembly."""
     column = tl.broadcast_to(tl.arange(0, 4)[None, :] // 2, [32, 4])  # c
     if G == 16:
@@ -109,10 +112,11 @@ def decode_fast(words, books, scales, G: tl.constexpr, SCALED: tl.constexpr, DTY
         pair = tl.broadcast_to(pair[:, :, None, :], [8, 4, 2, 2]).reshape(32, 4)
         halves = select_halves(word, tl.where(column == 0, 0x8888, 0xAAAA))
         return lookup_scaled_words(words, books, halves, pair, column, DTYPE)
-    halves = select_halves(to_words(scales), tl.where(column == 0, 0x9999, 0xBBBB) if G == 32 else 0xBBBB)
+    half = column if G == 32 else SECOND
+    halves = select_halves(to_words(scales), 0x9999 + 0x2222 * half)
     if SCALED:
         pair = halves_to_fp16(scales) if DTYPE == tl.float16 else scales & 0x7FFF7FFF
-        return lookup_scaled_words(words, books, halves, to_words(pair), column if G == 32 else 1, DTYPE)
+        return lookup_scaled_words(words, books, halves, to_words(pair), half, DTYPE)
     return lookup_words(words, books, halves, DTYPE)
 
 
@@ -154,14 +158,17 @@ def load_act(act_ptr, first, limit, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def multiply_tile(
-    words, x, total, part, codebook_ptr, exponent, books, scales, G: tl.constexpr, SCALED: tl.constexpr,
-    LAST: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
+    words, x, total, part, codebook_ptr, exponent, books, scales, G: tl.constexpr, SECOND: tl.constexpr,
+    SCALED: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile times x to `total`, by way of `part` where fp32 sums are scaled; LAST: `part` ends with this tile."""
+    """Add a tile times x to `total`, by way of `part` where fp32 sums are scaled; LAST: `part` ends with this tile.
+
+    SECOND: with G >= 64, the scale of the tile is in the high halves of `scales`, not in the low ones.
+    """
     if ASM:
-        values = decode_fast(words, books, scales, G, SCALED, DTYPE)
+        values = decode_fast(words, books, scales, G, SECOND, SCALED, DTYPE)
     else:
-        values = decode_plain(words, codebook_ptr, exponent, scales, G, SCALED, DTYPE)
+        values = decode_plain(words, codebook_ptr, exponent, scales, G, SECOND, SCALED, DTYPE)
     DOT: tl.constexpr = tl.float32 if DOT_DTYPE == tl.float32 else DTYPE
     w, x = weight_tile(values).to(DOT), x.to(DOT)
     if SCALED:
@@ -174,7 +181,7 @@ def multiply_tile(
         return total + tl.dot(right, x_right, input_precision="ieee") * high[:, None], part
     part = tl.dot(w, x, part, input_precision="ieee")
     if LAST:
-        total += part * high[:, None]
+        total += part * (high if SECOND else low)[:, None]
         part = tl.zeros(part.shape, tl.float32)
     return total, part
 
@@ -286,11 +293,13 @@ def fused_kernel(
             next_totals, next_parts = (), ()
             for r in tl.static_range(ROW_TILES):
                 scale = scales[j // SHARE * ROW_TILES + r]
-                if SHARE > 1:
+                # which of two groups in a word; where steps end inside of a word, the tile's goes to the high half
+                second = j % SHARE // (SHARE // 2) if SHARE > 1 and TILES % SHARE == 0 else 1
+                if SHARE > TILES:
                     scale = scale << (16 - ((tile >> (SHARE // 4)) & 1) * 16)
                 total, part = multiply_tile(
                     words[j * ROW_TILES + r], x, totals[r], parts[r], codebook_ptr, exponent, books, scale,
-                    G, SCALED, G <= 64 or (j + 1) * 64 % G == 0, ASM, DTYPE,
+                    G, second, SCALED, G <= 64 or (j + 1) * 64 % G == 0, ASM, DTYPE,
                 )  # fmt: skip
                 next_totals += (total,)
                 next_parts += (part,)
@@ -316,7 +325,7 @@ def fused_kernel(
                 scale = load_scales(scale_pointers(scale_ptr, stride_scale, row_tile + r, N), tile, tl.cdiv(K, G), G)
                 total, _ = multiply_tile(
                     word, x, totals[r], tl.zeros([16, BLOCK_M], tl.float32), codebook_ptr, exponent, books, scale,
-                    G, SCALED, True, ASM, DTYPE,
+                    G, 1, SCALED, True, ASM, DTYPE,
                 )  # fmt: skip
                 next_totals += (total,)
             totals = next_totals
