@@ -7,7 +7,8 @@ from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, Statistics, calibrate_
 from aaac_ao.encode import encode
-from aaac_ao.encode.feedback import Grid, Order, damp, descend, feedback, inverse_factor, row_errors
+from aaac_ao.encode.factor import damping, inverse_factor
+from aaac_ao.encode.feedback import Grid, Order, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import fit_books, fit_scales
 from aaac_ao.formats import FORMATS
 
@@ -19,6 +20,10 @@ def correlated(tokens: int, k: int) -> torch.Tensor:
 def statistics_of(x: torch.Tensor) -> Statistics:
     hessian = x.T @ x / len(x)
     return Statistics(hessian.diagonal().clone(), len(x), hessian)
+
+
+def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
+    return hessian + torch.diag(damping(hessian, share).expand(len(hessian)))
 
 
 def grid_of(n: int, k: int, group_size: int) -> Grid:
@@ -91,7 +96,7 @@ def test_feedback_is_the_plain_algorithm(k, group_size, monkeypatch):
     hessian = damp(statistics_of(correlated(4 * k, k)).hessian, 0.01)
     order = Order.of_importance(hessian.diagonal(), group_size)
     candidates = lambda scale: torch.stack([scale, 0.9 * scale, 1.1 * scale])  # noqa: E731
-    factor = inverse_factor(hessian, order.columns, share=0.0)
+    factor = inverse_factor(hessian, order.columns, order.blocks(group_size), share=0.0)
     chosen, codes = feedback(weight, order, factor, grid, candidates)
     values, expected = chosen.values(codes), plain_feedback(weight, hessian, order, grid, candidates)
     # a single code at a midpoint may tip over by rounding, and the rest of its row with it

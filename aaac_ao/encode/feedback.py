@@ -9,18 +9,14 @@ Everything here is laid out [K, N], transposed against the weight: one input cha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from aaac_ao.encode.factor import inverse_factor
 from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, round_block
 
-logger = logging.getLogger(__name__)
-
-#: Share of the mean diagonal added to the diagonal of H, raised tenfold each time the factorisation fails.
-DAMPING = 0.01
 #: Columns that descent rounds anew at a time, at least one group of them.
 DESCENT_COLUMNS = 64
 #: A block moves only if that lowers a row's error by more than this share, which is above what rounding in fp32 shows.
@@ -96,16 +92,21 @@ class Order:
         columns = (groups[:, None] * group_size + inside).view(-1)
         return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist())
 
+    def blocks(self, group_size: int) -> list[int]:
+        """Columns of the blocks that feedback rounds at a time."""
+        at_once = BLOCK_COLUMNS // group_size
+        return [sum(self.sizes[first : first + at_once]) for first in range(0, len(self.sizes), at_once)]
+
 
 def feedback(
-    weight: torch.Tensor, order: Order, factor: torch.Tensor, grid: Grid, candidates: Candidates
+    weight: torch.Tensor, order: Order, factor: list[torch.Tensor], grid: Grid, candidates: Candidates
 ) -> tuple[Grid, torch.Tensor]:
     """Round columns in `order`; what is lost is made up for by the columns that follow.
 
     Args:
         weight: [K, N] fp32.
         order: of rounding.
-        factor: [K, K] upper Cholesky factor of the inverse of H, both in that order.
+        factor: upper Cholesky factor of the inverse of H, both in that order, in a panel for each of `order.blocks`.
         grid: books, and the scales around which candidates lie; its selectors are not looked at.
         candidates: scales to try.
 
@@ -115,14 +116,14 @@ def feedback(
     left, codes = weight[order.columns], torch.empty_like(weight, dtype=torch.uint8)
     scale, selector = torch.empty_like(grid.scale), torch.empty_like(grid.selector)
     at_once, start = BLOCK_COLUMNS // grid.group_size, 0
-    for groups, first in zip(order.groups.split(at_once), range(0, len(order.groups), at_once), strict=True):
-        sizes = order.sizes[first : first + at_once]
-        block = slice(start, start + sum(sizes))
-        metric = Metric.of_factor(factor[block, block])
+    for index, (groups, panel) in enumerate(zip(order.groups.split(at_once), factor, strict=True)):
+        sizes = order.sizes[index * at_once : (index + 1) * at_once]
+        block = slice(start, start + len(panel))
+        metric = Metric.of_factor(panel[:, : len(panel)])
         rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
         codes[order.columns[block]] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector
-        left[block.stop :].addmm_(factor[block, block.stop :].t(), rounded.errors, alpha=-1)
+        left[block.stop :].addmm_(panel[:, len(panel) :].t(), rounded.errors, alpha=-1)
         start = block.stop
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes
 
@@ -151,7 +152,8 @@ def descend(
         groups = slice(start // size, -(-block.stop // size))
         sizes = [min(size, block.stop - first) for first in range(start, block.stop, size)]
         inner = hessian[block, block]
-        metric = Metric.of_factor(inverse_factor(inner, torch.arange(len(inner), device=inner.device), share=0.0))
+        columns = torch.arange(len(inner), device=inner.device)
+        metric = Metric.of_factor(inverse_factor(inner, columns, [len(inner)], share=0.0)[0])
         # given the other columns the error is least at values - M^-1 pull, by |U pull|^2 less than where they are
         wanted = metric.factor @ pull[block]
         target = values[block] - metric.factor.t() @ wanted
@@ -174,44 +176,3 @@ def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Ten
         block = slice(start, start + _CHUNK_COLUMNS)
         total += (pulled[block].double() * error[block].double()).sum(0)
     return total
-
-
-def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
-    """H plus `share` of its mean diagonal on the diagonal; the identity for a layer that saw only zeros."""
-    damped = hessian.clone()
-    mean = hessian.diagonal().mean()
-    damped.diagonal().add_(torch.where(mean > 0, share * mean, torch.ones_like(mean)))
-    return damped
-
-
-def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of H, damped by `share`, with rows and columns in `order`.
-
-    In fp64, and with more damping, where fp32 is not enough. Holds no more than two matrices besides H at a time.
-
-    Raises:
-        ValueError: H cannot be factorised, however much it is damped.
-    """
-    for attempt in range(5):
-        for dtype in (torch.float32, torch.float64):
-            more = 0.0 if attempt == 0 else DAMPING * 10.0 ** (attempt - 2)
-            upper = _factor_of_inverse([_permuted(damp(hessian, share + more), order).to(dtype)])
-            if upper is not None:
-                return upper.float()
-        logger.warning("a Hessian of %d inputs could not be factorised: damping it more", len(hessian))
-    raise ValueError(f"the Hessian of {len(hessian)} inputs cannot be factorised; check the calibration batches")
-
-
-def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return matrix[order[:, None], order]
-
-
-def _factor_of_inverse(matrices: list[torch.Tensor]) -> torch.Tensor | None:
-    """The upper factor for the matrix in the list, which is taken from there and freed early; None if it fails."""
-    lower, failed = torch.linalg.cholesky_ex(matrices.pop())
-    if bool(failed):
-        return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if bool(failed) or not bool(torch.isfinite(upper).all()) else upper

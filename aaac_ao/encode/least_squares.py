@@ -14,6 +14,8 @@ from aaac_ao.formats import ScaleFormat
 BLOCK_COLUMNS = 128
 #: Books are fitted on about this many weights (rows taken evenly): 32 numbers do not need more.
 SAMPLE_WEIGHTS = 1 << 16
+#: 32 copies are made of about this many weights at a time.
+_CHUNK_WEIGHTS = 1 << 14
 #: Weight of staying at the old entry, relative to the mean diagonal of the normal equations.
 _RIDGE = 1e-6
 
@@ -25,18 +27,22 @@ def fit_books(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: to
     (P c - w)^T H (P c - w), which is least for the c with sum P^T H P c = sum P^T H w.
 
     Args:
-        weight: [K, N] fp32; about `SAMPLE_WEIGHTS` weights, of which 32 copies are made.
+        weight: [K, N] fp32; about `SAMPLE_WEIGHTS` weights.
         hessian: [K, K].
         grid: scales, selectors and books.
         codes: [K, N].
     """
     index, scale = grid.index(codes), grid.column_scales(len(weight))
-    placed = torch.zeros(*weight.shape, 32, device=weight.device)
-    placed.scatter_(2, index[..., None], scale[..., None])
-    pulled = hessian @ placed.view(len(weight), -1)
     error = hessian @ (grid.values(codes) - weight)
-    flat = placed.view(-1, 32)
-    normal, downhill = (flat.t() @ pulled.view(-1, 32)).double(), -(flat.t() @ error.view(-1)).double()
+    normal, downhill = (torch.zeros(32, n, dtype=torch.float64, device=weight.device) for n in (32, 1))
+    rows = max(1, _CHUNK_WEIGHTS // len(weight))
+    for own, used, pull in zip(*(part.split(rows, dim=1) for part in (scale, index, error)), strict=True):
+        placed = torch.zeros(*own.shape, 32, device=weight.device)
+        placed.scatter_(2, used[..., None], own[..., None])
+        pulled = (hessian @ placed.view(len(weight), -1)).view(-1, 32)
+        placed = placed.view(-1, 32)
+        normal += placed.t() @ pulled
+        downhill -= placed.t() @ pull.reshape(-1, 1)
     ridge = (_RIDGE * normal.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
     move = torch.linalg.solve(normal + torch.diag_embed(ridge.expand(32)), downhill)
     return (grid.codebooks.double() + move.view(2, 16)).float()

@@ -11,21 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from aaac_ao.encode.feedback import (
-    DAMPING,
-    Candidates,
-    Grid,
-    Order,
-    damp,
-    descend,
-    feedback,
-    inverse_factor,
-    row_errors,
-)
+from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
+from aaac_ao.encode.feedback import Candidates, Grid, Order, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
 from aaac_ao.packing import ceil_div
 
@@ -37,12 +29,15 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
-#: Rows are worked on in chunks of about this many weights.
-CHUNK_WEIGHTS = 1 << 23
+#: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor; accelerators,
+#: where every launch costs, take 16 times as many.
+CHUNK_WEIGHTS = 1 << 19
 
 
 class SecondOrder:
     """What depends on the inputs of a layer alone, computed once for all layers that share them.
+
+    Holds half a matrix besides H. While a weight is worked on, H's diagonal is changed for some of the time.
 
     Args:
         hessian: [K, K] fp32, E[x x^T].
@@ -59,14 +54,25 @@ class SecondOrder:
     def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
         self.hessian = hessian
         self.order = Order.of_importance(hessian.diagonal(), group_size)
-        self.factor = inverse_factor(hessian, self.order.columns)
-        self.damped = damp(hessian, DAMPING)
-        remaining = torch.empty_like(self.factor.diagonal())
-        remaining[self.order.columns] = self.factor.diagonal().square().reciprocal()
-        self.importance = (remaining * self.damped.diagonal()).sqrt()
+        self.factor = inverse_factor(hessian, self.order.columns, self.order.blocks(group_size))
+        self.damping = damping(hessian, DAMPING)
+        remaining = torch.empty_like(hessian.diagonal())
+        remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
+        self.importance = (remaining * (hessian.diagonal() + self.damping)).sqrt()
+
+    @contextmanager
+    def _damped(self) -> Iterator[torch.Tensor]:
+        """H with its damping, in place: a copy would be as large as H."""
+        diagonal = self.hessian.diagonal()
+        kept = diagonal.clone()
+        try:
+            diagonal.add_(self.damping)
+            yield self.hessian
+        finally:
+            diagonal.copy_(kept)
 
     def target(self, weight: torch.Tensor, output_shift: torch.Tensor | None) -> torch.Tensor:
-        """The weight [N, K] in fp32 that gives the wanted outputs y' from the inputs x, as far as it can.
+        """The weight [N, K] that gives the wanted outputs y' from the inputs x, as far as it can; fp32 if it is another.
 
         The least-squares solution is w + E[(y' - w x) x^T] H^-1; the correction is taken by `CORRECTION`
         (quantisation error propagation, arXiv 2504.09629).
@@ -75,22 +81,23 @@ class SecondOrder:
             weight: [N, K] of any float dtype.
             output_shift: [N, K] fp32, E[(y' - w x) x^T], or None if the outputs are as wanted.
         """
-        weight = weight.float()
         if output_shift is None:
             return weight
-        # with columns in `order`, H^-1 = U^T U
-        columns = self.order.columns
-        corrected = weight.clone()
+        corrected = torch.empty(weight.shape, device=weight.device)
         for rows in _chunks(weight):
-            move = CORRECTION * (output_shift[rows][:, columns] @ self.factor.t() @ self.factor)
-            corrected[rows].index_add_(1, columns, move)
+            shift, move, start = output_shift[rows][:, self.order.columns], torch.zeros_like(output_shift[rows]), 0
+            for panel in self.factor:  # with columns in `order`, H^-1 = U^T U
+                move[:, start:].addmm_(shift[:, start:] @ panel.t(), panel, alpha=CORRECTION)
+                start += len(panel)
+            corrected[rows] = weight[rows]
+            corrected[rows].index_add_(1, self.order.columns, move)
         return corrected
 
     def refine(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> tuple[Encoding, torch.Tensor]:
         """Improve on an encoding under the full H.
 
         Args:
-            weight: [N, K] fp32, the target.
+            weight: [N, K] of any float dtype, the target.
             start: an encoding of it.
             config: settings; learned books are fitted anew, scales if `scale_search` is on.
 
@@ -102,13 +109,15 @@ class SecondOrder:
         def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             around = _candidates(start, config, *FEEDBACK_SCALES)
             grid, codes = feedback(w, self.order, self.factor, grid, around)
-            return descend(w, self.damped, grid, codes, _candidates(start, config, *DESCENT_SCALES))
+            with self._damped() as hessian:
+                return descend(w, hessian, grid, codes, _candidates(start, config, *DESCENT_SCALES))
 
         def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            if config.scale_search:
-                scale = fit_scales(w, self.damped, grid, codes, config.scale_format, start.per_tensor_scale)
-                grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
-            return descend(w, self.damped, grid, codes, _candidates(start, config, *LAST_SCALES))
+            with self._damped() as hessian:
+                if config.scale_search:
+                    scale = fit_scales(w, hessian, grid, codes, config.scale_format, start.per_tensor_scale)
+                    grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
+                return descend(w, hessian, grid, codes, _candidates(start, config, *LAST_SCALES))
 
         rounded = _by_rows(weight, start, config, first)
         if config.codebooks == "learned":
@@ -120,20 +129,23 @@ class SecondOrder:
         errors = []
         for rows in _chunks(weight):
             values = _grid_of(encoding, rows, config).values(encoding.codes[rows].t())
-            errors.append(row_errors(weight[rows].t(), values, self.hessian).sum())
+            errors.append(row_errors(weight[rows].float().t(), values, self.hessian).sum())
         return dataclasses.replace(encoding, error=torch.stack(errors).sum())
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
         """The same choices with books by least squares, as they are stored."""
         sample = slice(None, None, ceil_div(weight.numel(), SAMPLE_WEIGHTS))
         grid = _grid_of(encoding, sample, config)
-        books = fit_books(weight[sample].t(), self.damped, grid, encoding.codes[sample].t())
+        with self._damped() as hessian:
+            books = fit_books(weight[sample].float().t(), hessian, grid, encoding.codes[sample].t())
         books, order = books.bfloat16().float().sort(dim=1)
         if not bool(torch.isfinite(books).all()):
             return encoding
         rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
-        codes = [rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t() for rows in _chunks(weight)]
-        return dataclasses.replace(encoding, codes=torch.cat(codes), codebooks=books)
+        codes = torch.empty_like(encoding.codes)
+        for rows in _chunks(weight):
+            codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
+        return dataclasses.replace(encoding, codes=codes, codebooks=books)
 
 
 def _by_rows(
@@ -143,12 +155,11 @@ def _by_rows(
     step: Callable[[torch.Tensor, Grid, torch.Tensor], tuple[Grid, torch.Tensor]],
 ) -> Encoding:
     """Apply a step to transposed chunks of rows."""
-    parts = []
+    codes, selector, scale = (torch.empty_like(part) for part in (encoding.codes, encoding.selector, encoding.scale))
     for rows in _chunks(weight):
-        w, codes = weight[rows].t().contiguous(), encoding.codes[rows].t().contiguous()
-        grid, codes = step(w, _grid_of(encoding, rows, config), codes)
-        parts.append((codes.t(), grid.selector.t().bool(), grid.scale.t()))
-    codes, selector, scale = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
+        w, own = weight[rows].float().t().contiguous(), encoding.codes[rows].t().contiguous()
+        grid, new = step(w, _grid_of(encoding, rows, config), own)
+        codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t(), grid.scale.t()
     return dataclasses.replace(encoding, codes=codes, selector=selector, scale=scale)
 
 
@@ -159,7 +170,7 @@ def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float)
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    rows = max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1])
     return (slice(first, first + rows) for first in range(0, len(weight), rows))
 
 
