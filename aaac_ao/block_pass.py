@@ -22,8 +22,9 @@ from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks,
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, Statistics, encode
 from aaac_ao.first_pass import LayerRecord
-from aaac_ao.moments import InputSums, in_chunks
+from aaac_ao.moments import InputSums
 from aaac_ao.resume import RunFolder
+from aaac_ao.shifts import OutputShifts
 from aaac_ao.tensor import AAACTensor
 from aaac_ao.transform import set_weight
 
@@ -86,7 +87,7 @@ def encode_stage(
     for names in fused:
         weights = [layers[name].weight.detach() for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        parts = [] if shifts is None else [shifts.take(*pair) for pair in zip(names, weights, strict=True)]
+        parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
         shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
         try:
             encoding = encode(weight, options.config, statistics, shift)
@@ -95,40 +96,6 @@ def encode_stage(
         report(names[-1], relative_error(encoding, weight, statistics), len(names))
         for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
             set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
-
-
-def add_cross_moments(total: torch.Tensor, then: torch.Tensor, now: torch.Tensor, x: torch.Tensor) -> None:
-    """Add the sum of (then - now) x^T over all tokens to `total` [M, K], for [..., M], [..., M] and [..., K]."""
-    parts = [in_chunks(x.flatten(0, -2))]
-    rows = [len(part) for part in parts[0]]
-    parts += [tensor.flatten(0, -2).split(rows) for tensor in (then, now)]
-    for part, part_then, part_now in zip(*parts, strict=True):
-        total.addmm_((part_then.float() - part_now.float()).t(), part.float())
-
-
-class OutputShifts:
-    """How far the outputs y of layers with one input x should move: E[(y' - y) x^T] of each, computed when taken.
-
-    Args:
-        shift: [K, K], the sum of (x' - x) x^T, with x' the input in the original model.
-        base_shifts: [N, K] by layer name, the same for the residual streams that outputs are added to.
-        tokens: number of input vectors in the sums.
-        names: of the layers.
-    """
-
-    def __init__(
-        self, shift: torch.Tensor, base_shifts: dict[str, torch.Tensor], tokens: int, names: Sequence[str]
-    ) -> None:
-        self._shift, self._base_shifts, self._tokens, self._left = shift, base_shifts, tokens, set(names)
-
-    def take(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The [N, K] fp32 matrix of a layer with this weight, once; the sums go with the last layer."""
-        shift = weight.detach().float() @ self._shift
-        self._left.remove(name)
-        if not self._left:
-            self._shift = None
-        base = self._base_shifts.pop(name, None)
-        return (shift if base is None else shift.add_(base)).div_(self._tokens)
 
 
 def relative_error(encoding: Encoding, weight: torch.Tensor, statistics: Statistics) -> float:
@@ -319,12 +286,9 @@ class BlockPass:
         None if nothing reaches it. The second part is None where the streams do not differ or cannot be compared.
         """
         names, first = list(layers), next(iter(layers.values()))
-        k, device = first.in_features, first.weight.device
-        sums = InputSums.zeros(k, device, self.options.full)
-        compare = self.options.full and self._changed
-        shift = torch.zeros(k, k, device=device)
-        base_shift = {name: torch.zeros(layers[name].out_features, k, device=device) for name in names if name in bases}
-        sites = {first, *(bases[name] for name in base_shift)}
+        sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
+        shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
+        sites = {first} if shifts is None else {first, *shifts.sites}
         until = None if names[0] in self.observed.repeated else first
         finite = []
         for batch in range(len(self.original)):
@@ -332,17 +296,14 @@ class BlockPass:
             for x in now[first]:
                 sums.add(x)
             finite.append(torch.isfinite(sums.squares.sum()))
-            if not compare:
+            if shifts is None:
                 continue
             with weights_of(self.layers, originals):
                 then = captured_inputs(lambda: self._call(self.original, batch, index, block), sites, until)  # noqa: B023
-            if [x.shape for x in now[first]] != [x.shape for x in then[first]]:
-                compare = False  # tokens are routed differently
-                continue
-            for x, x0 in zip(now[first], then[first], strict=True):
-                add_cross_moments(shift, x0, x, x)
-                for name, total in base_shift.items():
-                    add_cross_moments(total, then[bases[name]][0], now[bases[name]][0], x)
+            if [x.shape for x in now[first]] == [x.shape for x in then[first]]:
+                shifts.add(then, now)
+            else:
+                shifts = None  # tokens are routed differently
         if int(sums.tokens) == 0:
             return None
         if not bool(finite[-1]):
@@ -351,8 +312,7 @@ class BlockPass:
                 f"{', '.join(names)}: after the layers before it were quantised, calibration batch {bad} gives it NaN, "
                 "infinite or huge inputs; this block is as it was"
             )
-        statistics = sums.statistics(in_place=True)
-        return statistics, OutputShifts(shift, base_shift, statistics.tokens, names) if compare else None
+        return sums.statistics(in_place=True), shifts
 
     def _restore(
         self,

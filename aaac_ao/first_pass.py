@@ -16,6 +16,7 @@ from torch import nn
 from aaac_ao.blocks import CallRecord, Stop, find_blocks, hooks, input_of
 from aaac_ao.evaluate import evaluation_mode
 from aaac_ao.hidden import StateCache
+from aaac_ao.moments import in_chunks
 from aaac_ao.transform import raise_problems
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class LayerRecord:
                 self.stages.append([name])
         self._last = (x, x._version, name)
         self.tokens[name] += x.numel() // x.shape[-1]
-        squares = torch.linalg.vector_norm(x, dtype=torch.float32).square()
+        parts = in_chunks(x.detach().reshape(-1, x.shape[-1]))
+        squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()
         self._seen[name].append((self._batch, squares))
 
     def unreached(self) -> list[str]:

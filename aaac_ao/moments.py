@@ -9,7 +9,7 @@ import torch
 from aaac_ao.encode import Statistics
 
 #: fp32 copies of inputs are made for about this many numbers at a time.
-_CHUNK_NUMBERS = 1 << 22
+_CHUNK_NUMBERS = 1 << 20
 
 
 def in_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -42,11 +42,11 @@ class InputSums:
     def add(self, x: torch.Tensor) -> None:
         """Add the input vectors x [..., K]; nothing is read back from the device."""
         x = x.detach().reshape(-1, x.shape[-1])
-        self.squares.add_(torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_())
         self.tokens.add_(len(x))
-        if self.hessian is not None:
-            for part in in_chunks(x):
-                part = part.float()
+        for part in in_chunks(x):
+            part = part.float()
+            self.squares.add_(torch.linalg.vector_norm(part, dim=0).square_())
+            if self.hessian is not None:
                 self.hessian.addmm_(part.t(), part)
 
     def statistics(self, in_place: bool = False) -> Statistics:

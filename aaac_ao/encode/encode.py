@@ -104,7 +104,8 @@ def encode(
         config: the settings.
         statistics: of the layer's inputs x.
         output_shift: [out_features, in_features] fp32, E[(y' - w x) x^T], with y' the output that the layer should
-            give where that is not w x. Only second-order rounding uses it.
+            give where that is not w x. Only second-order rounding uses it, as room for the corrected weight: it is
+            overwritten.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the

@@ -79,19 +79,18 @@ class SecondOrder:
 
         Args:
             weight: [N, K] of any float dtype.
-            output_shift: [N, K] fp32, E[(y' - w x) x^T], or None if the outputs are as wanted.
+            output_shift: [N, K] fp32, E[(y' - w x) x^T], or None if the outputs are as wanted; becomes the result.
         """
         if output_shift is None:
             return weight
-        corrected = torch.empty(weight.shape, device=weight.device)
         for rows in _chunks(weight):
             shift, move, start = output_shift[rows][:, self.order.columns], torch.zeros_like(output_shift[rows]), 0
             for panel in self.factor:  # with columns in `order`, H^-1 = U^T U
                 move[:, start:].addmm_(shift[:, start:] @ panel.t(), panel, alpha=CORRECTION)
                 start += len(panel)
-            corrected[rows] = weight[rows]
-            corrected[rows].index_add_(1, self.order.columns, move)
-        return corrected
+            output_shift[rows] = weight[rows]
+            output_shift[rows].index_add_(1, self.order.columns, move)
+        return output_shift
 
     def refine(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> tuple[Encoding, torch.Tensor]:
         """Improve on an encoding under the full H.

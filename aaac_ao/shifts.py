@@ -1,0 +1,70 @@
+"""How far the outputs of layers have drifted from those of the original model, as far as their inputs can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from aaac_ao.moments import in_chunks
+
+
+class OutputShifts:
+    """How far the outputs y of layers with one input x should move: E[(y' - y) x^T] of each, from sums over tokens.
+
+    y' - y is W (x' - x), with x' the input in the original model, plus the difference of the residual stream that y is
+    added to. One sum of (x' - x) x^T serves all layers, unless those of (y' - y) x^T of each are smaller.
+
+    Args:
+        layers: by name, with the weights W [N, K] that are to be encoded.
+        bases: for some of them, the module whose input is the residual stream.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], bases: Mapping[str, nn.Module]) -> None:
+        self._layers, self._left = layers, set(layers)
+        self._bases = {name: bases[name] for name in layers if name in bases}
+        weight = next(iter(layers.values())).weight
+        k, outputs = weight.shape[1], sum(layer.out_features for layer in layers.values())
+        self._shift = torch.zeros(k, k, device=weight.device) if outputs > k else None
+        self._sums = {
+            name: torch.zeros(layer.out_features, k, device=weight.device)
+            for name, layer in layers.items()
+            if self._shift is None or name in self._bases
+        }
+
+    @property
+    def sites(self) -> set[nn.Module]:
+        """The modules whose inputs are residual streams."""
+        return set(self._bases.values())
+
+    def add(self, then: Mapping[nn.Module, list[torch.Tensor]], now: Mapping[nn.Module, list[torch.Tensor]]) -> None:
+        """Add one batch: inputs [..., K] of the first layer, one per call, and of the sites, in both streams."""
+        first = next(iter(self._layers.values()))
+        for x_then, x_now in zip(then[first], now[first], strict=True):
+            start = 0
+            for x0, x in zip(*(in_chunks(part.flatten(0, -2)) for part in (x_then, x_now)), strict=True):
+                tokens, x = slice(start, start + len(x)), x.float()
+                difference = x0.float() - x
+                start = tokens.stop
+                if self._shift is not None:
+                    self._shift.addmm_(difference.t(), x)
+                for name, total in self._sums.items():
+                    if self._shift is None:
+                        weight = self._layers[name].weight.detach()
+                        for rows, part in zip(in_chunks(weight), in_chunks(total), strict=True):
+                            part.addmm_((difference @ rows.float().t()).t(), x)
+                    if name in self._bases:
+                        streams = (part[self._bases[name]][0].flatten(0, -2)[tokens].float() for part in (then, now))
+                        total.addmm_(next(streams).sub(next(streams)).t(), x)
+
+    def take(self, name: str, tokens: int) -> torch.Tensor:
+        """The [N, K] fp32 matrix of a layer, once, from sums over so many tokens; the sums go with the last layer."""
+        total = self._sums.pop(name, None)
+        if self._shift is not None:
+            shift = self._layers[name].weight.detach().float() @ self._shift
+            total = shift if total is None else shift.add_(total)
+        self._left.remove(name)
+        if not self._left:
+            self._shift = None
+        return total.div_(tokens)
