@@ -67,6 +67,7 @@ class CallRecord:
         """Check that the batch went through all blocks."""
         if self.broken is None and len(self.calls[-1]) != len(self.blocks):
             self._break("not every block is called")
+        self._states = self._output = None
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Record a call; a forward pre-hook with keyword arguments."""

@@ -6,6 +6,7 @@ It runs the original model and changes nothing, so that bad data is refused befo
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ class LayerRecord:
         self.repeated: set[str] = set()
         self.tokens: dict[str, int] = dict.fromkeys(layers, 0)
         self._seen: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in layers}  # batch, sum of squares
-        self._last: tuple[torch.Tensor, int, str] | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], int, str] | None = None
         self._batch = -1
 
     def handles(self) -> list:
@@ -58,12 +59,12 @@ class LayerRecord:
             self.repeated.add(name)
         self._called.add(name)
         if not self._seen[name]:
-            same = self._last is not None and x is self._last[0] and x._version == self._last[1]
+            same = self._last is not None and x is self._last[0]() and x._version == self._last[1]
             if same and self._last[2] in self.stages[-1]:
                 self.stages[-1].append(name)
             else:
                 self.stages.append([name])
-        self._last = (x, x._version, name)
+        self._last = (weakref.ref(x), x._version, name)
         self.tokens[name] += x.numel() // x.shape[-1]
         parts = in_chunks(x.detach().reshape(-1, x.shape[-1]))
         squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()

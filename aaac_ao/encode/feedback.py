@@ -42,18 +42,17 @@ class Grid:
         self.scale, self.selector, self.codebooks, self.group_size = scale, selector, codebooks, group_size
         self.entries = codebooks.reshape(-1)
 
-    def index(self, codes: torch.Tensor) -> torch.Tensor:
-        """Where the entries of codes [K, N] stand among the 32 of both books."""
-        return codes.long() + 16 * _of_columns(self.selector, len(codes), self.group_size)
+    def index(self, codes: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Where the entries of codes [columns, N], from the first of a group on, stand among the 32 of both books."""
+        return codes.long() + 16 * _of_columns(self.selector[start // self.group_size :], len(codes), self.group_size)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """[K, N] values of codes [K, N]."""
         values = torch.empty(codes.shape, device=codes.device)
         for start in range(0, len(codes), _CHUNK_COLUMNS):  # indices take four times the memory of values
             block, groups = codes[start : start + _CHUNK_COLUMNS], slice(start // self.group_size, None)
-            index = block.long() + 16 * _of_columns(self.selector[groups], len(block), self.group_size)
             scale = _of_columns(self.scale[groups], len(block), self.group_size)
-            torch.mul(self.entries[index], scale, out=values[start : start + _CHUNK_COLUMNS])
+            torch.mul(self.entries[self.index(block, start)], scale, out=values[start : start + _CHUNK_COLUMNS])
         return values
 
     def column_scales(self, columns: int) -> torch.Tensor:

@@ -70,14 +70,14 @@ def fit_scales(
         [groups, N] fp32.
     """
     scale, size = grid.scale.clone(), grid.group_size
-    entries = grid.entries[grid.index(codes)]
     gradient = hessian @ (grid.values(codes) - weight)
     for start in range(0, len(weight), BLOCK_COLUMNS):
         block = slice(start, min(start + BLOCK_COLUMNS, len(weight)))
         own, near, moves = gradient[block], hessian[block, block], torch.empty_like(gradient[block])
+        entries = grid.entries[grid.index(codes[block], start)]
         for first in range(0, len(own), size):
             part = slice(first, min(first + size, len(own)))
-            v, group = entries[block][part], (start + first) // size
+            v, group = entries[part], (start + first) // size
             slope, curvature = (own[part] * v).sum(0), (near[part, part] @ v * v).sum(0)
             best = scale[group] - slope / curvature.clamp(min=1e-30)
             best = torch.where(best > 0, fmt.round(best.clamp(min=0), per_tensor_scale), scale[group])

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
-#: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor; accelerators,
-#: where every launch costs, take 16 times as many.
+#: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
+#: accelerators, where every launch costs, take 16 times as many.
 CHUNK_WEIGHTS = 1 << 19
 
 
@@ -72,7 +72,7 @@ class SecondOrder:
             diagonal.copy_(kept)
 
     def target(self, weight: torch.Tensor, output_shift: torch.Tensor | None) -> torch.Tensor:
-        """The weight [N, K] that gives the wanted outputs y' from the inputs x, as far as it can; fp32 if it is another.
+        """The weight [N, K] that gives the wanted outputs y' from the inputs x, as far as it can; fp32 if that is not w.
 
         The least-squares solution is w + E[(y' - w x) x^T] H^-1; the correction is taken by `CORRECTION`
         (quantisation error propagation, arXiv 2504.09629).
