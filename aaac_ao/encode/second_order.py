@@ -72,7 +72,7 @@ class SecondOrder:
             diagonal.copy_(kept)
 
     def target(self, weight: torch.Tensor, output_shift: torch.Tensor | None) -> torch.Tensor:
-        """The weight [N, K] that gives the wanted outputs y' from the inputs x, as far as it can; fp32 if that is not w.
+        """The weight [N, K] that gives the wanted outputs y' from the inputs x, as far as it can; w itself or fp32.
 
         The least-squares solution is w + E[(y' - w x) x^T] H^-1; the correction is taken by `CORRECTION`
         (quantisation error propagation, arXiv 2504.09629).
