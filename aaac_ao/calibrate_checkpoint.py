@@ -22,7 +22,7 @@ from tqdm import tqdm
 from aaac_ao.block_pass import BlockPass, Options, Report
 from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of, hooks
 from aaac_ao.calibrate import FilterFn, reporting, selected_layers
-from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint, hand_back_memory
+from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint, hand_back_memory, map_large_tensors
 from aaac_ao.config import AAACConfig
 from aaac_ao.first_pass import (
     Batch,
@@ -63,7 +63,8 @@ def calibrate_checkpoint(
 
     The result is the same, to the bit, as loading the model, `calibrate_` and `save_quantized`. The same call goes on
     where an earlier one was stopped: finished blocks are in `out` already. Until all is done, `out` has no config and
-    cannot be taken for a model.
+    cannot be taken for a model. On Linux, malloc is told, for the rest of the process, to hand large
+    freed tensors back to the system.
 
     Args:
         source: directory of a causal language model in safetensors files.
@@ -94,6 +95,7 @@ def calibrate_checkpoint(
         raise ValueError("propagate, awq and share_codebooks need data: give batches")
     batches = None if batches is None else checked_batches(batches)
     check_output(Path(out))
+    map_large_tensors(1 << 20 if options.full else 7 << 18)  # nearest rounding makes many of 1.5 MiB
     disk = open_model(source, device)
     layers = _layers_to_quantise(disk.model, config, filter_fn)
     blocks = find_blocks(disk.model)
@@ -113,7 +115,6 @@ def calibrate_checkpoint(
                 _without_data(disk, blocks, layers, config, report, folder)
             else:
                 with hidden_directory(cache_dir) as directory, ready_to_run(disk.model, layers):
-                    disk.load(disk.outside([*blocks, *output_heads(disk.model)]))
                     calls = partial(_calls, disk, blocks, batches, directory)
                     observed = _look(disk, calls(), layers, options, progress)
                     report_coverage(observed, layers, strict)
@@ -193,8 +194,8 @@ def _calls(disk: ModelOnDisk, blocks: list[nn.Module], batches: list[Batch], dir
     Raises:
         ValueError: the blocks do not form a plain chain.
     """
-    record = CallRecord(blocks, StateCache(directory))
-    with _passing_on(disk, blocks), hooks(record.handles()):
+    record, others = CallRecord(blocks, StateCache(directory)), [*blocks, *output_heads(disk.model)]
+    with disk.loaded_outside(others), _passing_on(disk, blocks), hooks(record.handles()):
         for batch in batches:
             record.start_batch()
             run_batch(disk.model, batch, disk.device)

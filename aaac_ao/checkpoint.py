@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -185,10 +186,16 @@ class ModelOnDisk:
             self.load(self._tied.keys() - self.outside([part]))
             yield
         finally:
-            for module in part.modules():
-                for leaf, value in module._parameters.items():
-                    if value is not None and not value.is_meta:
-                        module._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+            _empty(part.modules())
+
+    @contextmanager
+    def loaded_outside(self, parts: Iterable[nn.Module]) -> Iterator[None]:
+        """The same for everything that has a name outside the parts; buffers stay."""
+        try:
+            self.load(self.outside(parts))
+            yield
+        finally:
+            _empty(self.model.modules())
 
     def state_of(self, part: nn.Module) -> dict[str, torch.Tensor]:
         """The present tensors of a part on the CPU, under their full names."""
@@ -206,11 +213,29 @@ class ModelOnDisk:
         return found
 
 
+def _empty(modules: Iterable[nn.Module]) -> None:
+    """Put parameters back on the meta device."""
+    for module in modules:
+        for leaf, value in module._parameters.items():
+            if value is not None and not value.is_meta:
+                module._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+
+
+def map_large_tensors(least: int) -> None:
+    """From now on let glibc map tensors of so many bytes and more, which go back to the system when they are freed.
+
+    By itself it soon keeps all that is freed below 32 MiB for later, in holes that other tensors do not fit in. Smaller
+    tensors stay in its heap, as pages cost time whenever they are new.
+    """
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, least)
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, 4 << 20)  # else it gives back the top of the heap with every free
+
+
 def hand_back_memory() -> None:
     """Let glibc give freed memory back to the system, of which it else keeps more and more pieces."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -25,7 +25,7 @@ def _leave_fits_out() -> None:
 STEPS: dict[str, Callable[[], None]] = {
     "choice": lambda: setattr(second_order, "FEEDBACK_SCALES", (0, 0.0)),
     "sweeps": lambda: setattr(rounding, "SWEEPS", 0),
-    "descent": lambda: setattr(second_order, "descend", lambda weight, hessian, grid, codes, _: (grid, codes)),
+    "descent": lambda: setattr(second_order, "descend", lambda weight, hessian, grid, codes, *_: (grid, codes)),
     "fit": _leave_fits_out,
 }
 

@@ -127,8 +127,28 @@ def feedback(
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes
 
 
+def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
+    """What descent needs of the blocks on the diagonal of H [K, K]."""
+    inner = [hessian[block, block] for block in _descent_blocks(len(hessian), group_size)]
+    orders = [torch.arange(len(part), device=part.device) for part in inner]
+    factors = [
+        inverse_factor(part, order, [len(part)], share=0.0)[0] for part, order in zip(inner, orders, strict=True)
+    ]
+    return [Metric.of_factor(factor) for factor in factors]
+
+
+def _descent_blocks(columns: int, group_size: int) -> list[slice]:
+    width = max(DESCENT_COLUMNS, group_size)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
 def descend(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor, candidates: Candidates
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    codes: torch.Tensor,
+    candidates: Candidates,
+    metrics: list[Metric] | None = None,
 ) -> tuple[Grid, torch.Tensor]:
     """Round every block of columns anew with all others fixed, and keep what is better, row by row.
 
@@ -138,21 +158,19 @@ def descend(
         grid: scales, selectors and books to start from.
         codes: [K, N] uint8.
         candidates: scales to try.
+        metrics: `block_metrics` of H, if they are at hand.
 
     Returns:
         The grid with the chosen scales and books, and codes [K, N] uint8.
     """
-    size, width = grid.group_size, max(DESCENT_COLUMNS, grid.group_size)
+    size = grid.group_size
+    metrics = block_metrics(hessian, size) if metrics is None else metrics
     codes, values = codes.clone(), grid.values(codes)
     grid = Grid(grid.scale.clone(), grid.selector.clone(), grid.codebooks, size)
     pull = hessian @ (values - weight)  # half the gradient
-    for start in range(0, len(weight), width):
-        block = slice(start, min(start + width, len(weight)))
-        groups = slice(start // size, -(-block.stop // size))
-        sizes = [min(size, block.stop - first) for first in range(start, block.stop, size)]
-        inner = hessian[block, block]
-        columns = torch.arange(len(inner), device=inner.device)
-        metric = Metric.of_factor(inverse_factor(inner, columns, [len(inner)], share=0.0)[0])
+    for block, metric in zip(_descent_blocks(len(weight), size), metrics, strict=True):
+        groups = slice(block.start // size, -(-block.stop // size))
+        sizes = [min(size, block.stop - first) for first in range(block.start, block.stop, size)]
         # given the other columns the error is least at values - M^-1 pull, by |U pull|^2 less than where they are
         wanted = metric.factor @ pull[block]
         target = values[block] - metric.factor.t() @ wanted

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
-from aaac_ao.encode.feedback import Candidates, Grid, Order, descend, feedback, row_errors
+from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
 from aaac_ao.packing import ceil_div
 
@@ -58,6 +58,8 @@ class SecondOrder:
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
         remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
+        with self._damped():
+            self.metrics = block_metrics(hessian, group_size)
         self.importance = (remaining * (hessian.diagonal() + self.damping)).sqrt()
 
     @contextmanager
@@ -109,14 +111,14 @@ class SecondOrder:
             around = _candidates(start, config, *FEEDBACK_SCALES)
             grid, codes = feedback(w, self.order, self.factor, grid, around)
             with self._damped() as hessian:
-                return descend(w, hessian, grid, codes, _candidates(start, config, *DESCENT_SCALES))
+                return descend(w, hessian, grid, codes, _candidates(start, config, *DESCENT_SCALES), self.metrics)
 
         def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             with self._damped() as hessian:
                 if config.scale_search:
                     scale = fit_scales(w, hessian, grid, codes, config.scale_format, start.per_tensor_scale)
                     grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
-                return descend(w, hessian, grid, codes, _candidates(start, config, *LAST_SCALES))
+                return descend(w, hessian, grid, codes, _candidates(start, config, *LAST_SCALES), self.metrics)
 
         rounded = _by_rows(weight, start, config, first)
         if config.codebooks == "learned":
