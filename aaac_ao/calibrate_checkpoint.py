@@ -95,7 +95,7 @@ def calibrate_checkpoint(
         raise ValueError("propagate, awq and share_codebooks need data: give batches")
     batches = None if batches is None else checked_batches(batches)
     check_output(Path(out))
-    map_large_tensors(1 << 20 if options.full else 7 << 18)  # nearest rounding makes many of 1.5 MiB
+    map_large_tensors()
     disk = open_model(source, device)
     layers = _layers_to_quantise(disk.model, config, filter_fn)
     blocks = find_blocks(disk.model)

@@ -221,14 +221,14 @@ def _empty(modules: Iterable[nn.Module]) -> None:
                 module._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
 
 
-def map_large_tensors(least: int) -> None:
-    """From now on let glibc map tensors of so many bytes and more, which go back to the system when they are freed.
+def map_large_tensors() -> None:
+    """From now on let glibc map tensors of 1 MiB and more, which go back to the system when they are freed.
 
     By itself it soon keeps all that is freed below 32 MiB for later, in holes that other tensors do not fit in. Smaller
     tensors stay in its heap, as pages cost time whenever they are new.
     """
     if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, least)
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         _LIBC.mallopt(_M_TRIM_THRESHOLD, 4 << 20)  # else it gives back the top of the heap with every free
 
 
