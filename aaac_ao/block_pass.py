@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from aaac_ao.awq import find_pairs, fold, scaled, search_scale
 from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks, input_of, residual_bases
 from aaac_ao.config import AAACConfig
-from aaac_ao.encode import Encoding, Statistics, encode
+from aaac_ao.encode import Encoding, OutputMetric, Statistics, encode, output_error
 from aaac_ao.first_pass import LayerRecord
 from aaac_ao.moments import InputSums
 from aaac_ao.resume import RunFolder
@@ -44,22 +44,31 @@ class Options:
     propagate: str
     awq: bool = False
     share_codebooks: bool = False
+    fisher: bool = False
+    #: of the outputs of layers, by name; some or all may be missing
+    metrics: Mapping[str, OutputMetric] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: AAACConfig, propagate: str | None, awq: bool, share_codebooks: bool) -> Options:
+    def of(
+        cls, config: AAACConfig, propagate: str | None, awq: bool, share_codebooks: bool, fisher: bool = False
+    ) -> Options:
         """The options, with `propagate` chosen by the rounding where it is None.
 
         Raises:
-            ValueError: an unknown `propagate`.
+            ValueError: an unknown `propagate`, or `fisher` with what cannot use it.
         """
         if propagate not in (None, "quantized", "original"):
             raise ValueError(f"propagate must be 'quantized' or 'original', got {propagate!r}")
+        if fisher and config.rounding == "nearest":
+            raise ValueError("fisher=True needs second-order rounding: set rounding to 'gptq' or 'auto'")
+        if fisher and awq:
+            raise ValueError("fisher=True and awq=True do not go together: AWQ changes the outputs that were weighed")
         by_rounding = "original" if config.rounding == "nearest" else "quantized"
-        return cls(config, by_rounding if propagate is None else propagate, awq, share_codebooks)
+        return cls(config, by_rounding if propagate is None else propagate, awq, share_codebooks, fisher)
 
     def settings(self) -> dict[str, Any]:
-        """All of them as a flat dict of plain values."""
-        own = {"propagate": self.propagate, "awq": self.awq, "share_codebooks": self.share_codebooks}
+        """All that was asked for, as a flat dict of plain values."""
+        own = {name: getattr(self, name) for name in ("propagate", "awq", "share_codebooks", "fisher")}
         return {**dataclasses.asdict(self.config), "step": None, **own}
 
     @property
@@ -89,23 +98,36 @@ def encode_stage(
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
         shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
+        known = [options.metrics[name] for name in names if name in options.metrics]
+        metric = OutputMetric.joined(known) if len(known) == len(names) else None
         try:
-            encoding = encode(weight, options.config, statistics, shift)
+            encoding = encode(weight, options.config, statistics, shift, metric)
         except ValueError as error:
             raise ValueError(f"{', '.join(names)}: {error}") from None
-        report(names[-1], relative_error(encoding, weight, statistics), len(names))
+        report(names[-1], relative_error(encoding, weight, statistics, metric), len(names))
         for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
             set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
 
 
-def relative_error(encoding: Encoding, weight: torch.Tensor, statistics: Statistics) -> float:
-    """Root mean square error of the layer's output, as a share of that output."""
+def relative_error(
+    encoding: Encoding, weight: torch.Tensor, statistics: Statistics, metric: OutputMetric | None = None
+) -> float:
+    """Root mean square error of the layer's output, as a share of that output, both weighed by the metric."""
+    if metric is None:
+        total = _output_size(weight, statistics)
+    else:
+        total = output_error(weight.float(), statistics.hessian, metric)
+    return float((encoding.error / total.clamp(min=1e-300)).clamp(min=0).sqrt())
+
+
+def _output_size(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """The sum of E[y^2] over all outputs, fp64 0-D."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rows in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])):
         w = rows.float()
         against = w @ statistics.hessian if statistics.hessian is not None else w * statistics.second_moment
         total += (against.double() * w).sum()
-    return float((encoding.error / total.clamp(min=1e-300)).clamp(min=0).sqrt())
+    return total
 
 
 def _split(encoding: Encoding, rows: list[int]) -> Iterator[Encoding]:

@@ -32,6 +32,7 @@ from aaac_ao.first_pass import (
     report_coverage,
     run_batch,
 )
+from aaac_ao.fisher import output_metrics
 from aaac_ao.hidden import StateCache, hidden_directory
 from aaac_ao.moments import InputSums
 from aaac_ao.resume import RunFolder, fingerprint
@@ -53,6 +54,7 @@ def calibrate_(
     propagate: str | None = None,
     awq: bool = False,
     share_codebooks: bool = False,
+    fisher: bool = False,
     statistics: str | Path | None = None,
     resume_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -76,6 +78,10 @@ def calibrate_(
         awq: scale input channels first, folded into the layers before them (AWQ, arXiv 2306.00978).
         share_codebooks: one pair of codebooks, and one per-tensor scale, for all layers that read the same input
             (q/k/v, gate/up), so that serving stacks can fuse them.
+        fisher: weigh errors of outputs by how much they, alone and together, change the model's predictions
+            (`output_metrics`), and let rows of a weight make up for each other. Needs one backward pass over the data,
+            whose memory is that of one batch in training without optimiser, and a matrix for the outputs of every
+            layer with no more outputs than inputs; loses less. Not with `awq`.
         statistics: a file of `collect_statistics` or `merge_statistics` to use instead of batches.
         resume_dir: keep finished blocks in this directory, and take those that are there from it: the same call on the
             same original model goes on where an earlier one was stopped, with the same bits as without the stop.
@@ -94,7 +100,9 @@ def calibrate_(
     """
     if (batches is None) == (statistics is None):
         raise ValueError("give either batches or a statistics file")
-    options = Options.of(config, propagate, awq, share_codebooks)
+    if fisher and statistics is not None:
+        raise ValueError("fisher=True needs batches: a statistics file does not hold what outputs matter")
+    options = Options.of(config, propagate, awq, share_codebooks, fisher)
     layers = _layers_to_quantise(model, config, filter_fn)
     if not layers:
         return model
@@ -110,6 +118,8 @@ def calibrate_(
             rows = (row for module in layers.values() for row in (module.weight[:1], module.weight[-1:]))
             device = next(iter(layers.values())).weight.device
             folder = RunFolder(resume_dir, fingerprint(layers, rows, batches, options.settings(), device))
+        if fisher:
+            options = dataclasses.replace(options, metrics=output_metrics(model, batches, layers, progress))
         with _prepared(model, batches, layers, cache_dir, strict) as (record, observed, blocks):
             layers = {name: module for name, module in layers.items() if observed.tokens[name]}
             outside = layers_outside(layers, blocks)

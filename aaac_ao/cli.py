@@ -91,6 +91,9 @@ def quantize(
         str | None, typer.Option(help="quantized: correct layers for those before them (default with gptq); original.")
     ] = None,
     awq: Annotated[bool, typer.Option(help="Also scale input channels (AWQ); needs --calibration.")] = False,
+    fisher: Annotated[
+        bool, typer.Option(help="Also weigh outputs by what they change, from a backward pass; needs --calibration.")
+    ] = False,
     share_codebooks: Annotated[bool, typer.Option(help="One pair of books for q/k/v, and for gate/up.")] = False,
     resume_dir: Annotated[
         Path | None, typer.Option(help="Keep finished blocks here; the same command goes on after an interruption.")
@@ -121,7 +124,9 @@ def quantize(
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out")
     texts = [path.read_text(encoding="utf-8") for path in calibration or []]
     options = {"propagate": propagate, "awq": awq, "share_codebooks": share_codebooks, "cache_dir": cache_dir}
-    options |= {} if from_disk else {"resume_dir": resume_dir}
+    if from_disk and fisher:
+        raise ValueError("--fisher needs the whole model in memory: leave out --low-memory, or give --no-low-memory")
+    options |= {} if from_disk else {"resume_dir": resume_dir, "fisher": fisher}
     if not texts and any(options.values()):
         given = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
         raise ValueError(f"{given} needs data: give --calibration FILE")

@@ -152,14 +152,14 @@ def ready_to_run(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Non
 
     skipped = [head for head in output_heads(model) if head not in layers.values()]
     with ExitStack() as stack:
-        for context in (evaluation_mode(model), _without_caches(model), torch.no_grad()):
+        for context in (evaluation_mode(model), without_caches(model), torch.no_grad()):
             stack.enter_context(context)
         stack.enter_context(hooks(module.register_forward_pre_hook(stop) for module in skipped))
         yield
 
 
 @contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
+def without_caches(model: nn.Module) -> Iterator[None]:
     """No key-value caches, in any part of the model; undone at the end."""
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(c): (c, c.use_cache) for c in found if getattr(c, "use_cache", None) is not None}

@@ -38,6 +38,7 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ),
     ("AAAC gptq", {"rounding": "gptq"}, {"propagate": "quantized"}),
     ("AAAC gptq + awq", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}),
+    ("AAAC gptq + fisher", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}),
 )
 #: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
 _REST = ("choice", "sweeps", "descent", "fit")
@@ -51,6 +52,7 @@ ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...
     ("+ least-squares books and scales", {"rounding": "gptq"}, {"propagate": "original"}, ()),
     ("+ corrected for layers before", {"rounding": "gptq"}, {"propagate": "quantized"}, ()),
     ("+ AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}, ()),
+    ("+ fisher instead of AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}, ()),
 )
 
 

@@ -1,5 +1,6 @@
 """The encoder: from a weight and its statistics to an `Encoding`."""
 
 from aaac_ao.encode.encode import Encoding, Statistics, check_weight, encode
+from aaac_ao.encode.rows import OutputMetric, output_error
 
-__all__ = ["Encoding", "Statistics", "check_weight", "encode"]
+__all__ = ["Encoding", "OutputMetric", "Statistics", "check_weight", "encode", "output_error"]

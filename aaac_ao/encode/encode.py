@@ -14,6 +14,7 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, t
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
+from aaac_ao.encode.rows import OutputMetric
 from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
 from aaac_ao.encode.second_order import SecondOrder
 from aaac_ao.formats import E4M3_MAX
@@ -68,7 +69,8 @@ class Encoding:
         codebooks: [2, 16] fp32, ascending, exactly representable in bf16.
         per_tensor_scale: fp32 0-D, already contained in `scale`; None for bf16 scales.
         error: the objective, fp64 0-D: the sum over all weights of importance * (w - q)^2, or with second-order
-            rounding sum_n (w_n - q_n)^T H (w_n - q_n), with w the target for these inputs.
+            rounding sum_n (w_n - q_n)^T H (w_n - q_n), with w the target for these inputs; see `encode` for what an
+            output metric makes of it.
     """
 
     codes: torch.Tensor
@@ -84,6 +86,7 @@ def encode(
     config: AAACConfig,
     statistics: Statistics | None = None,
     output_shift: torch.Tensor | None = None,
+    output_metric: OutputMetric | None = None,
 ) -> Encoding:
     """Quantise a weight [out_features, in_features] with two books.
 
@@ -106,6 +109,8 @@ def encode(
         output_shift: [out_features, in_features] fp32, E[(y' - w x) x^T], with y' the output that the layer should
             give where that is not w x. Only second-order rounding uses it, as room for the corrected weight: it is
             overwritten.
+        output_metric: M [out_features, out_features] of the outputs, for second-order rounding, whose objective
+            becomes tr(M E H E^T) with E = w - q.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
@@ -118,14 +123,14 @@ def encode(
         config.rounding == "auto" and (statistics is None or statistics.hessian is None)
     ):
         return _first_order(weight, importance, config)
-    _check_second_order(statistics, output_shift, weight)
+    _check_second_order(statistics, output_shift, output_metric, weight)
     second_order = statistics.second_order(config.group_size)
     target = second_order.target(weight, output_shift)
     start = _first_order(target, _importance_of(second_order.importance, config), config)
-    encoding, before = second_order.refine(target, start, config)
+    encoding, before = second_order.refine(target, start, config, output_metric)
     if bool(encoding.error > CLEAR_GAIN * before):
         # little was gained: the start for the diagonal alone may have been as good
-        plain, _ = second_order.refine(target, _first_order(target, importance, config), config)
+        plain, _ = second_order.refine(target, _first_order(target, importance, config), config, output_metric)
         encoding = plain if bool(plain.error < encoding.error) else encoding
     return encoding
 
@@ -213,11 +218,22 @@ def _checked_moment(statistics: Statistics, in_features: int) -> torch.Tensor:
     return h
 
 
-def _check_second_order(statistics: Statistics | None, output_shift: torch.Tensor | None, weight: torch.Tensor) -> None:
+def _check_second_order(
+    statistics: Statistics | None,
+    output_shift: torch.Tensor | None,
+    output_metric: OutputMetric | None,
+    weight: torch.Tensor,
+) -> None:
     n, k = weight.shape
     if statistics is None or statistics.hessian is None:
         raise ValueError("rounding='gptq' needs the full second moments of calibration data; prepare the layer with it")
-    for name, part, shape in (("hessian", statistics.hessian, (k, k)), ("output_shift", output_shift, (n, k))):
+    metric = None if output_metric is None else output_metric.matrix
+    parts = (
+        ("hessian", statistics.hessian, (k, k)),
+        ("output_shift", output_shift, (n, k)),
+        ("output_metric", metric, (n, n)),
+    )
+    for name, part, shape in parts:
         if part is None:
             continue
         if tuple(part.shape) != shape:

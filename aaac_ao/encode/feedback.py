@@ -98,7 +98,12 @@ class Order:
 
 
 def feedback(
-    weight: torch.Tensor, order: Order, factor: list[torch.Tensor], grid: Grid, candidates: Candidates
+    weight: torch.Tensor,
+    order: Order,
+    factor: list[torch.Tensor],
+    grid: Grid,
+    candidates: Candidates,
+    metrics: list[Metric] | None = None,
 ) -> tuple[Grid, torch.Tensor]:
     """Round columns in `order`; what is lost is made up for by the columns that follow.
 
@@ -108,6 +113,7 @@ def feedback(
         factor: upper Cholesky factor of the inverse of H, both in that order, in a panel for each of `order.blocks`.
         grid: books, and the scales around which candidates lie; its selectors are not looked at.
         candidates: scales to try.
+        metrics: of the panels, if they are at hand.
 
     Returns:
         The grid with the chosen scales and books, and codes [K, N] uint8.
@@ -118,7 +124,7 @@ def feedback(
     for index, (groups, panel) in enumerate(zip(order.groups.split(at_once), factor, strict=True)):
         sizes = order.sizes[index * at_once : (index + 1) * at_once]
         block = slice(start, start + len(panel))
-        metric = Metric.of_factor(panel[:, : len(panel)])
+        metric = Metric.of_panel(panel) if metrics is None else metrics[index]
         rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
         codes[order.columns[block]] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector

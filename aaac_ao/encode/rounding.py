@@ -39,6 +39,11 @@ class Metric:
         root = torch.linalg.solve_triangular(factor.t(), identity, upper=False)
         return cls(root.t() @ root, factor, root)
 
+    @classmethod
+    def of_panel(cls, panel: torch.Tensor) -> Metric:
+        """Of the first columns of a panel [B, >= B] of rows of a factor."""
+        return cls.of_factor(panel[:, : len(panel)])
+
 
 @dataclass(frozen=True)
 class Rounded:

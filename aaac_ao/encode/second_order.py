@@ -5,6 +5,8 @@
    leaves of it.
 3. Codes, scales and the choice of books by feedback, then by block coordinate descent (`feedback`).
 4. Books and scales by least squares (`least_squares`), then descent again with finer steps of the scales.
+
+With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
 from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
+from aaac_ao.encode.rounding import Metric
+from aaac_ao.encode.rows import CoupledRows, OutputMetric, Rows, output_error
 from aaac_ao.packing import ceil_div
 
 if TYPE_CHECKING:
@@ -85,7 +89,7 @@ class SecondOrder:
         """
         if output_shift is None:
             return weight
-        for rows in _chunks(weight):
+        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
             shift, move, start = output_shift[rows][:, self.order.columns], torch.zeros_like(output_shift[rows]), 0
             for panel in self.factor:  # with columns in `order`, H^-1 = U^T U
                 move[:, start:].addmm_(shift[:, start:] @ panel.t(), panel, alpha=CORRECTION)
@@ -94,22 +98,29 @@ class SecondOrder:
             output_shift[rows].index_add_(1, self.order.columns, move)
         return output_shift
 
-    def refine(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> tuple[Encoding, torch.Tensor]:
+    def refine(
+        self, weight: torch.Tensor, start: Encoding, config: AAACConfig, output_metric: OutputMetric | None = None
+    ) -> tuple[Encoding, torch.Tensor]:
         """Improve on an encoding under the full H.
 
         Args:
             weight: [N, K] of any float dtype, the target.
             start: an encoding of it.
             config: settings; learned books are fitted anew, scales if `scale_search` is on.
+            output_metric: of the outputs; without one all matter alike.
 
         Returns:
-            An encoding that is not worse, with its error under H, and the error of the start, fp64 0-D.
+            An encoding that is not worse, with its error under H and the metric, and the error of the start, fp64 0-D.
         """
-        start = self._with_error(weight, start, config)
+        start = self._with_error(weight, start, config, output_metric)
+        if output_metric is None:
+            rows, panels = Rows(weight, _rows_of_chunk(weight)), None
+        else:  # many small chunks, which would each compute the metrics
+            rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in self.factor]
 
         def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             around = _candidates(start, config, *FEEDBACK_SCALES)
-            grid, codes = feedback(w, self.order, self.factor, grid, around)
+            grid, codes = feedback(w, self.order, self.factor, grid, around, panels)
             with self._damped() as hessian:
                 return descend(w, hessian, grid, codes, _candidates(start, config, *DESCENT_SCALES), self.metrics)
 
@@ -120,18 +131,26 @@ class SecondOrder:
                     grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
                 return descend(w, hessian, grid, codes, _candidates(start, config, *LAST_SCALES), self.metrics)
 
-        rounded = _by_rows(weight, start, config, first)
+        rounded = _by_rows(rows, start, config, first)
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
-        rounded = self._with_error(weight, _by_rows(weight, rounded, config, last), config)
+        rows.again(lambda rows: _grid_of(rounded, rows, config).values(rounded.codes[rows].t()).t())
+        rounded = self._with_error(weight, _by_rows(rows, rounded, config, last), config, output_metric)
         return rounded if bool(rounded.error < start.error) else start, start.error
 
-    def _with_error(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
+    def _with_error(
+        self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
+    ) -> Encoding:
         errors = []
-        for rows in _chunks(weight):
+        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
             values = _grid_of(encoding, rows, config).values(encoding.codes[rows].t())
-            errors.append(row_errors(weight[rows].float().t(), values, self.hessian).sum())
-        return dataclasses.replace(encoding, error=torch.stack(errors).sum())
+            if output_metric is None:
+                errors.append(row_errors(weight[rows].float().t(), values, self.hessian).sum())
+            else:
+                errors.append(weight[rows].float() - values.t())
+        if output_metric is None:
+            return dataclasses.replace(encoding, error=torch.stack(errors).sum())
+        return dataclasses.replace(encoding, error=output_error(torch.cat(errors), self.hessian, output_metric))
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
         """The same choices with books by least squares, as they are stored."""
@@ -144,23 +163,24 @@ class SecondOrder:
             return encoding
         rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
         codes = torch.empty_like(encoding.codes)
-        for rows in _chunks(weight):
+        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
             codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
         return dataclasses.replace(encoding, codes=codes, codebooks=books)
 
 
 def _by_rows(
-    weight: torch.Tensor,
+    rows_in_turn: Rows,
     encoding: Encoding,
     config: AAACConfig,
     step: Callable[[torch.Tensor, Grid, torch.Tensor], tuple[Grid, torch.Tensor]],
 ) -> Encoding:
     """Apply a step to transposed chunks of rows."""
     codes, selector, scale = (torch.empty_like(part) for part in (encoding.codes, encoding.selector, encoding.scale))
-    for rows in _chunks(weight):
-        w, own = weight[rows].float().t().contiguous(), encoding.codes[rows].t().contiguous()
+    for rows in rows_in_turn.chunks():
+        w, own = rows_in_turn.target(rows).t().contiguous(), encoding.codes[rows].t().contiguous()
         grid, new = step(w, _grid_of(encoding, rows, config), own)
-        codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t(), grid.scale.t()
+        codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
+        rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
     return dataclasses.replace(encoding, codes=codes, selector=selector, scale=scale)
 
 
@@ -170,11 +190,10 @@ def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float)
     return lambda scale: fmt.neighbours(scale, pts, count, step) if config.scale_search else scale[None]
 
 
-def _chunks(weight: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1])
-    return (slice(first, first + rows) for first in range(0, len(weight), rows))
+def _rows_of_chunk(weight: torch.Tensor) -> int:
+    return max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1])
 
 
-def _grid_of(encoding: Encoding, rows: slice, config: AAACConfig) -> Grid:
+def _grid_of(encoding: Encoding, rows: slice | torch.Tensor, config: AAACConfig) -> Grid:
     scale, selector = (part[rows].t().contiguous() for part in (encoding.scale, encoding.selector.to(torch.uint8)))
     return Grid(scale, selector, encoding.codebooks, config.group_size)

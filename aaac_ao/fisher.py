@@ -1,0 +1,120 @@
+"""How much errors of every layer's outputs matter to what the model predicts, from one backward pass over the data.
+
+With g the derivatives of -log p(label) by the outputs of a layer, and labels drawn from the model's own predictions,
+E[g g^T] is the layer's block of the Fisher information: to second order, an error e of the outputs adds
+e^T E[g g^T] e / 2 to the KL divergence between the predictions. No label of the data is used, and no weight trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from aaac_ao.blocks import hooks
+from aaac_ao.encode import OutputMetric
+from aaac_ao.evaluate import evaluation_mode
+from aaac_ao.first_pass import Batch, without_caches
+
+#: Logits that are turned into probabilities at a time.
+_CHUNK_LOGITS = 1 << 24
+#: Seed of the labels.
+_SEED = 0
+
+
+def output_metrics(
+    model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Linear], progress: bool = True
+) -> dict[str, OutputMetric]:
+    """The Fisher information of the outputs of layers, as the encoder takes it.
+
+    Only layers with no more outputs than inputs are looked at: for wider ones the matrices are large and win little.
+
+    Args:
+        model: gives logits, as `.logits` or by itself; it needs the memory of a backward pass over one batch.
+        batches: token ids [batch, tokens], or dicts of keyword arguments of the model; tokens that an
+            "attention_mask" leaves out do not count.
+        layers: by name.
+        progress: show a progress bar.
+
+    Returns:
+        By name; without layers that the model's predictions do not depend on.
+
+    Raises:
+        ValueError: the model gives no logits, or derivatives are NaN or infinite.
+    """
+    sums = {n: torch.zeros(m.out_features, m.out_features, device=m.weight.device) for n, m in layers.items()
+            if m.out_features <= m.in_features}  # fmt: skip
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def watch(name: str):
+        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:  # nothing before it does; what follows may change it in place
+                output = output.detach().requires_grad_().clone()
+            output.register_hook(lambda gradient: _add(sums[name], gradient))
+            return output
+
+        return after
+
+    with ExitStack() as stack:
+        for context in (evaluation_mode(model), without_caches(model), _frozen(model), torch.enable_grad()):
+            stack.enter_context(context)
+        stack.enter_context(hooks(layers[name].register_forward_hook(watch(name)) for name in sums))
+        for batch in tqdm(batches, desc="weighing outputs", disable=not progress, unit="batch"):
+            logits, mask = _logits(model, batch)
+            generator = generators.setdefault(logits.device, torch.Generator(logits.device).manual_seed(_SEED))
+            losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
+            (losses if mask is None else losses * mask.to(losses)).sum().backward()
+    metrics = {}
+    for name in list(sums):
+        matrix = sums.pop(name)
+        try:
+            if bool(matrix.any()):
+                metrics[name] = OutputMetric(matrix)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return metrics
+
+
+def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    gradient = gradient.detach().flatten(0, -2).float()
+    total.addmm_(gradient.t(), gradient)
+
+
+def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[tokens, vocabulary] fp32, and which of the tokens count; None for all."""
+    device = next(model.parameters()).device
+    if isinstance(batch, torch.Tensor):
+        output, mask = model(batch.to(device)), None
+    else:
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        output, mask = (
+            model(**moved | ({"use_cache": False} if "use_cache" in moved else {})),
+            moved.get("attention_mask"),
+        )
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor) or not logits.requires_grad:
+        raise ValueError(f"fisher=True needs a model whose output has logits, got {type(output).__name__}")
+    usable = mask is not None and mask.shape == logits.shape[:-1]
+    return logits.flatten(0, -2).float(), mask.flatten() if usable else None
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Labels [tokens] int64, each by the model's own probabilities."""
+    parts = logits.split(max(1, _CHUNK_LOGITS // logits.shape[1]))
+    return torch.cat([torch.multinomial(part.softmax(-1), 1, generator=generator)[:, 0] for part in parts])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients for a while."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

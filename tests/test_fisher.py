@@ -1,0 +1,110 @@
+"""Fisher information of layers' outputs, against its definition; `calibrate_(fisher=True)`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from aaac_ao import AAACConfig, AAACTensor, calibrate_
+from aaac_ao.encode.rows import OUTPUT_DAMPING
+from aaac_ao.fisher import output_metrics
+
+CONFIG = AAACConfig(group_size=64)
+
+
+class Small(nn.Module):
+    """Two linear layers on embeddings; logits by themselves."""
+
+    def __init__(self, vocab: int = 11):
+        super().__init__()
+        self.embed, self.first, self.head = nn.Embedding(vocab, 64), nn.Linear(64, 64), nn.Linear(64, vocab)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.first(self.embed(ids))))
+
+
+def test_it_is_the_expectation_over_the_model_s_own_labels():
+    model = Small()
+    ids = torch.randint(0, 11, (40, 200))
+    metric = output_metrics(model, [ids], {"first": model.first}, progress=False)["first"].matrix
+    hidden = model.first(model.embed(ids)).detach().flatten(0, 1).requires_grad_()
+    log_p = model.head(torch.tanh(hidden)).log_softmax(-1)
+    exact = torch.zeros(64, 64, dtype=torch.float64)
+    for label in range(11):  # every label with its probability, none drawn
+        (g,) = torch.autograd.grad(log_p[:, label].sum(), hidden, retain_graph=True)
+        exact += ((g * log_p[:, label].detach().exp()[:, None]).T @ g).double()
+    expected = exact / exact.diagonal().mean() + OUTPUT_DAMPING * torch.eye(64)
+    assert (metric.double() - expected).norm() / expected.norm() < 0.1
+
+
+def test_only_what_can_be_used_is_gathered_and_the_model_stays_as_it_is(tiny_llama):
+    model = tiny_llama().train()
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    metrics = output_metrics(model, [torch.randint(0, 97, (2, 12))], layers, progress=False)
+    assert set(metrics) == {n for n in layers if not n.endswith(("gate_proj", "up_proj"))}
+    for name, metric in metrics.items():
+        assert len(metric) == layers[name].out_features
+        assert torch.equal(metric.matrix, metric.matrix.T) or torch.allclose(metric.matrix, metric.matrix.T, atol=1e-5)
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_padding_does_not_count(tiny_llama):
+    model = tiny_llama()
+    layers = {"o": model.model.layers[0].self_attn.o_proj}
+    ids = torch.randint(0, 97, (3, 10))
+    padded = torch.cat([ids, torch.randint(0, 97, (3, 5))], dim=1)
+    mask = (torch.arange(15) < 10).long().expand(3, 15)
+    seen = []
+    for batch in ({"input_ids": ids, "attention_mask": mask[:, :10]}, {"input_ids": padded, "attention_mask": mask}):
+        torch.manual_seed(0)
+        seen.append(output_metrics(model, [batch] * 40, layers, progress=False)["o"].matrix)
+    # other labels are drawn, so equal up to noise; the padding alone would be a third of all tokens
+    assert (seen[0] - seen[1]).norm() / seen[0].norm() < 0.3
+
+
+def test_calibrate_with_fisher_is_repeatable_and_another_result(tiny_llama):
+    batches, models = [torch.randint(0, 97, (4, 32)) for _ in range(3)], []
+    start = tiny_llama()
+    for fisher in (True, True, False):
+        model = copy.deepcopy(start)
+        calibrate_(model, CONFIG, batches, progress=False, fisher=fisher)
+        models.append(
+            {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", 0), AAACTensor)}
+        )
+    assert models[0].keys() == models[2].keys()
+    assert all(torch.equal(w, models[1][name]) for name, w in models[0].items())
+    changed = {name.rsplit(".", 1)[1] for name, w in models[0].items() if not torch.equal(w, models[2][name])}
+    assert {"q_proj", "o_proj", "down_proj"} <= changed
+
+
+def test_with_shared_books_and_original_inputs(tiny_llama):
+    model = tiny_llama()
+    calibrate_(model, CONFIG, [torch.randint(0, 97, (4, 32))], progress=False, fisher=True, share_codebooks=True,
+               propagate="original")  # fmt: skip
+    q, v = (getattr(model.model.layers[1].self_attn, f"{name}_proj").weight for name in "qv")
+    assert torch.equal(q.codebooks, v.codebooks)
+
+
+def test_what_cannot_be_done(tiny_llama, tmp_path):
+    model, batches = tiny_llama(), [torch.randint(0, 97, (2, 8))]
+    with pytest.raises(ValueError, match="do not go together"):
+        calibrate_(model, CONFIG, batches, progress=False, fisher=True, awq=True)
+    with pytest.raises(ValueError, match="second-order"):
+        calibrate_(model, AAACConfig(group_size=64, rounding="nearest"), batches, progress=False, fisher=True)
+    with pytest.raises(ValueError, match="needs batches"):
+        calibrate_(model, CONFIG, statistics=tmp_path / "none", progress=False, fisher=True)
+    with pytest.raises(ValueError, match="has logits"):
+        calibrate_(model.model, CONFIG, batches, progress=False, fisher=True)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    layers = {"down": model.model.layers[0].mlp.down_proj}
+    with pytest.raises((ValueError, RuntimeError)):
+        output_metrics(model, batches, layers, progress=False)
+    assert not any(isinstance(getattr(m, "weight", None), AAACTensor) for m in model.modules())

@@ -1,0 +1,119 @@
+"""Rows that make up for each other's errors, against fp64 from the definitions and exhaustive search."""
+
+import pytest
+import torch
+from encode_oracle import dequantised
+
+from aaac_ao import AAACConfig, Statistics
+from aaac_ao.encode import OutputMetric, encode, output_error
+from aaac_ao.encode.rows import OUTPUT_DAMPING, CoupledRows
+
+
+def random_metric(n: int, share: float = 3.0) -> torch.Tensor:
+    """A few directions matter most, as in real models."""
+    few = torch.randn(n, max(1, n // 8))
+    return few @ few.T * share / few.shape[1] + torch.diag(torch.rand(n))
+
+
+def statistics_of(tokens: int, k: int) -> Statistics:
+    x = torch.randn(tokens, k) @ (torch.eye(k) + 1.5 * torch.randn(k, k) / k**0.5)
+    hessian = x.T @ x / len(x)
+    return Statistics(hessian.diagonal().clone(), tokens, hessian)
+
+
+def exact_error(weight, encoding, group_size: int, hessian, metric) -> float:
+    error = weight.double() - dequantised(encoding, group_size)
+    return float(torch.trace(metric.double() @ error @ hessian.double() @ error.T))
+
+
+def test_the_metric_is_scaled_and_damped():
+    matrix = random_metric(20) * 1e-7
+    metric = OutputMetric(matrix)
+    expected = matrix.double() / matrix.double().diagonal().mean() + OUTPUT_DAMPING * torch.eye(20)
+    assert torch.allclose(metric.matrix.double(), expected, atol=1e-5)
+    assert (metric.matrix.diagonal()[metric.order].diff() <= 0).all()
+    assert torch.equal(OutputMetric(torch.zeros(5, 5)).matrix, (1 + OUTPUT_DAMPING) * torch.eye(5))
+
+
+def test_the_factor_is_one():
+    metric = OutputMetric(random_metric(24))
+    assert torch.equal(metric.lower, metric.lower.tril())
+    assert torch.allclose(metric.lower.T @ metric.lower, metric.matrix[metric.order][:, metric.order], atol=1e-4)
+
+
+def test_targets_minimise_the_error_of_the_rows_that_follow():
+    """With errors of some rows fixed, the target of a later row is its best value while all behind it are free."""
+    n, k = 40, 6
+    weight, metric = torch.randn(n, k), OutputMetric(random_metric(n))
+    rows, order = CoupledRows(weight, metric), metric.order
+    chunks = list(rows.chunks())
+    assert torch.equal(torch.cat(chunks), order)
+    first, second = chunks[0], chunks[1]
+    assert torch.equal(rows.target(first), weight[first])
+    error = torch.randn(len(first), k)
+    rows.settle(first, lambda: weight[first] - error)
+    free = order[len(first) :]
+    m = metric.matrix.double()
+    # minimise tr(M E E^T) over the free rows: E_free = -M_ff^-1 M_fs E_s
+    best = -torch.linalg.solve(m[free][:, free], m[free][:, first] @ error.double())
+    move = rows.target(second).double() - weight[second].double()
+    assert torch.allclose(move, -best[: len(second)], atol=1e-3)
+
+    errors = torch.randn(n, k)
+    rows = CoupledRows(weight, metric)
+    rows.again(lambda chunk: weight[chunk] - errors[chunk])
+    for chunk in rows.chunks():
+        others = torch.ones(n, dtype=torch.bool)
+        others[chunk] = False
+        move = torch.linalg.solve(m[chunk][:, chunk], m[chunk][:, others] @ errors[others].double())
+        assert torch.allclose(rows.target(chunk).double(), weight[chunk].double() + move, atol=1e-3)
+
+
+def test_output_error_is_the_trace():
+    error, metric = torch.randn(13, 300), OutputMetric(random_metric(13))
+    hessian = statistics_of(600, 300).hessian
+    for given, m in ((metric, metric.matrix), (None, torch.eye(13))):
+        expected = torch.trace(m.double() @ error.double() @ hessian.double() @ error.double().T)
+        assert float(output_error(error, hessian, given)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 64)])
+def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
+    n, k = 72, 172
+    weight, statistics, metric = torch.randn(n, k) * 0.02, statistics_of(1000, k), OutputMetric(random_metric(n, 9.0))
+    config = AAACConfig(fmt, group_size, rounding="gptq")
+    nearest = encode(weight, AAACConfig(fmt, group_size, rounding="nearest"), statistics)
+    plain, coupled = encode(weight, config, statistics), encode(weight, config, statistics, output_metric=metric)
+    errors = [exact_error(weight, e, group_size, statistics.hessian, metric.matrix) for e in (nearest, plain, coupled)]
+    assert errors[2] < 0.85 * errors[1] < 0.85 * errors[0]
+    assert float(coupled.error) == pytest.approx(errors[2], rel=1e-3)
+
+
+def test_a_metric_without_couplings_changes_little():
+    weight, statistics = torch.randn(40, 96), statistics_of(500, 96)
+    config = AAACConfig("int4", 32, rounding="gptq")
+    plain = encode(weight, config, statistics)
+    alike = encode(weight, config, statistics, output_metric=OutputMetric(torch.eye(40)))
+    assert float(alike.error) / (1 + OUTPUT_DAMPING) == pytest.approx(float(plain.error), rel=0.03)
+
+
+def test_bad_metrics():
+    config, weight, statistics = AAACConfig("int4", 32, rounding="gptq"), torch.randn(8, 64), statistics_of(99, 64)
+    with pytest.raises(ValueError, match=r"output_metric must have shape \[8, 8\], got \[9, 9\]"):
+        encode(weight, config, statistics, output_metric=OutputMetric(torch.eye(9)))
+    with pytest.raises(ValueError, match=r"\[out_features, out_features\], got \[3, 4\]"):
+        OutputMetric(torch.rand(3, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        OutputMetric(torch.full((3, 3), float("nan")))
+    with pytest.raises(ValueError, match="negative"):
+        OutputMetric(-torch.eye(3))
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        OutputMetric(torch.tensor([[1.0, 9.0], [9.0, 1.0]])).lower  # noqa: B018
+
+
+def test_metrics_of_stacked_layers_are_joined():
+    parts = [OutputMetric(random_metric(n)) for n in (5, 9)]
+    joined = OutputMetric.joined(parts)
+    assert len(joined) == 14
+    assert (joined.matrix[:5, 5:] == 0).all()
+    assert OutputMetric.joined(parts[:1]) is parts[0]
