@@ -141,9 +141,11 @@ class CoupledRows(Rows):
         return self.weight[rows].float() + move
 
     def settle(self, rows: torch.Tensor, values: Callable[[], torch.Tensor]) -> None:
+        """These rows are rounded; rows whose targets are asked for later hear of their errors."""
         self._errors[self._place[rows]] = self.weight[rows].float() - values()
 
     def again(self, values: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The rows will be gone through once more, from these values."""
         for rows in self.chunks():
             self.settle(rows, lambda: values(rows))  # noqa: B023
         self._rounded = True
