@@ -45,8 +45,8 @@ class Options:
     awq: bool = False
     share_codebooks: bool = False
     fisher: bool = False
-    #: of the outputs of layers, by name; some or all may be missing
-    metrics: Mapping[str, OutputMetric] = field(default_factory=dict)
+    #: of the outputs of layers, by name; some or all may be missing. They are taken out when they are used.
+    metrics: dict[str, OutputMetric] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -98,7 +98,7 @@ def encode_stage(
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
         shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
-        known = [options.metrics[name] for name in names if name in options.metrics]
+        known = [options.metrics.pop(name) for name in names if name in options.metrics]
         metric = OutputMetric.joined(known) if len(known) == len(names) else None
         try:
             encoding = encode(weight, options.config, statistics, shift, metric)

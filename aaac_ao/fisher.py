@@ -43,7 +43,7 @@ def output_metrics(
         By name; without layers that the model's predictions do not depend on.
 
     Raises:
-        ValueError: the model gives no logits, or derivatives are NaN or infinite.
+        ValueError: the model gives no logits, or logits or derivatives that are NaN or infinite.
     """
     sums = {n: torch.zeros(m.out_features, m.out_features, device=m.weight.device) for n, m in layers.items()
             if m.out_features <= m.in_features}  # fmt: skip
@@ -62,8 +62,10 @@ def output_metrics(
         for context in (evaluation_mode(model), without_caches(model), _frozen(model), torch.enable_grad()):
             stack.enter_context(context)
         stack.enter_context(hooks(layers[name].register_forward_hook(watch(name)) for name in sums))
-        for batch in tqdm(batches, desc="weighing outputs", disable=not progress, unit="batch"):
+        for index, batch in enumerate(tqdm(batches, desc="weighing outputs", disable=not progress, unit="batch")):
             logits, mask = _logits(model, batch)
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"calibration batch {index} gives NaN or infinite logits; check it and the model")
             generator = generators.setdefault(logits.device, torch.Generator(logits.device).manual_seed(_SEED))
             losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
             (losses if mask is None else losses * mask.to(losses)).sum().backward()
