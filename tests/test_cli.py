@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import itertools
 import re
 
 import pytest
@@ -79,13 +80,16 @@ def test_models_larger_than_memory_are_worked_on_from_their_files(model_director
     assert "not needed with --low-memory" in fail(*command, tmp_path / "c", "--low-memory", "--resume-dir", tmp_path)
     assert "neither empty nor an unfinished run" in fail(*command, tmp_path / "asked", "--low-memory")
     assert "not a local directory" in fail("quantize", "a/b", "--out", tmp_path / "d", "--low-memory")
+    assert "--fisher needs the whole model" in fail(*command, tmp_path / "e", "--low-memory", "--fisher")
 
 
 def test_calibration_changes_the_result(model_directory, text, tmp_path):
     succeed("quantize", model_directory, "--out", tmp_path / "a", "--calibration", text, "--window", 32)
     succeed("quantize", model_directory, "--out", tmp_path / "b")
-    a, b = (load_model(tmp_path / name).model.layers[0].mlp.up_proj.weight for name in "ab")
-    assert not torch.equal(a, b)
+    succeed("quantize", model_directory, "--out", tmp_path / "c", "--calibration", text, "--window", 32, "--fisher")
+    weights = [load_model(tmp_path / name).model.layers[0].mlp.down_proj.weight for name in "abc"]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
+    assert "--fisher needs data" in fail("quantize", model_directory, "--out", tmp_path / "d", "--fisher")
 
 
 def test_errors_are_one_line_with_exit_code_1(model_directory, text, tmp_path):
