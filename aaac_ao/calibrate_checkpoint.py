@@ -63,8 +63,8 @@ def calibrate_checkpoint(
 
     The result is the same, to the bit, as loading the model, `calibrate_` and `save_quantized`. The same call goes on
     where an earlier one was stopped: finished blocks are in `out` already. Until all is done, `out` has no config and
-    cannot be taken for a model. On Linux, malloc is told, for the rest of the process, to hand large
-    freed tensors back to the system.
+    cannot be taken for a model. On Linux, malloc is told, for the rest of the process, to hand large freed tensors back
+    to the system.
 
     Args:
         source: directory of a causal language model in safetensors files.

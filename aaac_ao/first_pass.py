@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -124,17 +124,19 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
 # running the model
 
 
-def run_batch(model: nn.Module, batch: Batch, device: torch.device | None = None) -> None:
-    """Run a model on one batch, until a hook raises `Stop`; `device` is by default that of its first parameter."""
+def call_model(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Any:
+    """The model's output for one batch; `device` is by default that of its first parameter."""
     device = next(model.parameters()).device if device is None else device
-    try:
-        if isinstance(batch, torch.Tensor):
-            model(batch.to(device))
-        else:
-            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            model(**moved | ({"use_cache": False} if "use_cache" in moved else {}))
-    except Stop:
-        pass
+    if isinstance(batch, torch.Tensor):
+        return model(batch.to(device))
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return model(**moved | ({"use_cache": False} if "use_cache" in moved else {}))
+
+
+def run_batch(model: nn.Module, batch: Batch, device: torch.device | None = None) -> None:
+    """Run a model on one batch, until a hook raises `Stop`."""
+    with suppress(Stop):
+        call_model(model, batch, device)
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:

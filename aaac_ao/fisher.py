@@ -17,7 +17,7 @@ from tqdm import tqdm
 from aaac_ao.blocks import hooks
 from aaac_ao.encode import OutputMetric
 from aaac_ao.evaluate import evaluation_mode
-from aaac_ao.first_pass import Batch, without_caches
+from aaac_ao.first_pass import Batch, call_model, without_caches
 
 #: Logits that are turned into probabilities at a time.
 _CHUNK_LOGITS = 1 << 24
@@ -47,7 +47,7 @@ def output_metrics(
     """
     sums = {n: torch.zeros(m.out_features, m.out_features, device=m.weight.device) for n, m in layers.items()
             if m.out_features <= m.in_features}  # fmt: skip
-    generators: dict[torch.device, torch.Generator] = {}
+    generator = None
 
     def watch(name: str):
         def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,8 @@ def output_metrics(
             logits, mask = _logits(model, batch)
             if not bool(torch.isfinite(logits).all()):
                 raise ValueError(f"calibration batch {index} gives NaN or infinite logits; check it and the model")
-            generator = generators.setdefault(logits.device, torch.Generator(logits.device).manual_seed(_SEED))
+            if generator is None:
+                generator = torch.Generator(logits.device).manual_seed(_SEED)
             losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
             (losses if mask is None else losses * mask.to(losses)).sum().backward()
     metrics = {}
@@ -87,15 +88,8 @@ def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[tokens, vocabulary] fp32, and which of the tokens count; None for all."""
-    device = next(model.parameters()).device
-    if isinstance(batch, torch.Tensor):
-        output, mask = model(batch.to(device)), None
-    else:
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        output, mask = (
-            model(**moved | ({"use_cache": False} if "use_cache" in moved else {})),
-            moved.get("attention_mask"),
-        )
+    output = call_model(model, batch)
+    mask = None if isinstance(batch, torch.Tensor) else batch.get("attention_mask")
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or not logits.requires_grad:
         raise ValueError(f"fisher=True needs a model whose output has logits, got {type(output).__name__}")

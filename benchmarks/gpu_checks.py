@@ -53,8 +53,8 @@ class Warnings(logging.Handler):
 
 def linear(x: torch.Tensor, weight: AAACTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`aaac_ao::linear`; on a CPU the kernels themselves, which Triton's interpreter runs."""
-    parts = (weight.qdata, weight.scale, weight.codebooks, weight.per_tensor_scale, weight.group_size, bias)
-    parts = (*parts, weight.act_pre_scale)
+    parts = (weight.qdata, weight.scale, weight.codebooks, weight.per_tensor_scale, weight.group_size)
+    parts = (*parts, bias, weight.act_pre_scale)
     return torch.ops.aaac_ao.linear(x, *parts) if x.is_cuda else dispatch.linear(x, *parts)
 
 

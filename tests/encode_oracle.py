@@ -19,6 +19,12 @@ def nearest_of(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values[(x.double()[..., None] - values).abs().argmin(-1)]
 
 
+def statistics_of(x: torch.Tensor) -> Statistics:
+    """Statistics of inputs [tokens, K], Hessian included."""
+    hessian = x.T @ x / len(x)
+    return Statistics(hessian.diagonal().clone(), len(x), hessian)
+
+
 def importance_of(statistics, columns: int) -> torch.Tensor:
     """H = E[x^2] plus a thousandth of its mean, fp64; 1 without statistics or when no channel was ever active."""
     if statistics is None or float(statistics.second_moment.double().sum()) == 0:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from encode_oracle import statistics_of
 from torch import nn
 from torchao.quantization import quantize_
 
@@ -15,11 +16,6 @@ from aaac_ao.formats import FORMATS
 
 def correlated(tokens: int, k: int) -> torch.Tensor:
     return torch.randn(tokens, k) @ (torch.eye(k) + 1.5 * torch.randn(k, k) / k**0.5) * torch.randn(k).exp()
-
-
-def statistics_of(x: torch.Tensor) -> Statistics:
-    hessian = x.T @ x / len(x)
-    return Statistics(hessian.diagonal().clone(), len(x), hessian)
 
 
 def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from encode_oracle import dequantised
+from encode_oracle import dequantised, statistics_of
 
-from aaac_ao import AAACConfig, Statistics
+from aaac_ao import AAACConfig
 from aaac_ao.encode import OutputMetric, encode, output_error
 from aaac_ao.encode.rows import OUTPUT_DAMPING, CoupledRows
 
@@ -15,10 +15,8 @@ def random_metric(n: int, share: float = 3.0) -> torch.Tensor:
     return few @ few.T * share / few.shape[1] + torch.diag(torch.rand(n))
 
 
-def statistics_of(tokens: int, k: int) -> Statistics:
-    x = torch.randn(tokens, k) @ (torch.eye(k) + 1.5 * torch.randn(k, k) / k**0.5)
-    hessian = x.T @ x / len(x)
-    return Statistics(hessian.diagonal().clone(), tokens, hessian)
+def correlated(tokens: int, k: int) -> torch.Tensor:
+    return torch.randn(tokens, k) @ (torch.eye(k) + 1.5 * torch.randn(k, k) / k**0.5)
 
 
 def exact_error(weight, encoding, group_size: int, hessian, metric) -> float:
@@ -71,7 +69,7 @@ def test_targets_minimise_the_error_of_the_rows_that_follow():
 
 def test_output_error_is_the_trace():
     error, metric = torch.randn(13, 300), OutputMetric(random_metric(13))
-    hessian = statistics_of(600, 300).hessian
+    hessian = statistics_of(correlated(600, 300)).hessian
     for given, m in ((metric, metric.matrix), (None, torch.eye(13))):
         expected = torch.trace(m.double() @ error.double() @ hessian.double() @ error.double().T)
         assert float(output_error(error, hessian, given)) == pytest.approx(float(expected), rel=1e-4)
@@ -80,7 +78,11 @@ def test_output_error_is_the_trace():
 @pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 64)])
 def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
     n, k = 72, 172
-    weight, statistics, metric = torch.randn(n, k) * 0.02, statistics_of(1000, k), OutputMetric(random_metric(n, 9.0))
+    weight, statistics, metric = (
+        torch.randn(n, k) * 0.02,
+        statistics_of(correlated(1000, k)),
+        OutputMetric(random_metric(n, 9.0)),
+    )
     config = AAACConfig(fmt, group_size, rounding="gptq")
     nearest = encode(weight, AAACConfig(fmt, group_size, rounding="nearest"), statistics)
     plain, coupled = encode(weight, config, statistics), encode(weight, config, statistics, output_metric=metric)
@@ -90,7 +92,7 @@ def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
 
 
 def test_a_metric_without_couplings_changes_little():
-    weight, statistics = torch.randn(40, 96), statistics_of(500, 96)
+    weight, statistics = torch.randn(40, 96), statistics_of(correlated(500, 96))
     config = AAACConfig("int4", 32, rounding="gptq")
     plain = encode(weight, config, statistics)
     alike = encode(weight, config, statistics, output_metric=OutputMetric(torch.eye(40)))
@@ -98,7 +100,11 @@ def test_a_metric_without_couplings_changes_little():
 
 
 def test_bad_metrics():
-    config, weight, statistics = AAACConfig("int4", 32, rounding="gptq"), torch.randn(8, 64), statistics_of(99, 64)
+    config, weight, statistics = (
+        AAACConfig("int4", 32, rounding="gptq"),
+        torch.randn(8, 64),
+        statistics_of(correlated(99, 64)),
+    )
     with pytest.raises(ValueError, match=r"output_metric must have shape \[8, 8\], got \[9, 9\]"):
         encode(weight, config, statistics, output_metric=OutputMetric(torch.eye(9)))
     with pytest.raises(ValueError, match=r"\[out_features, out_features\], got \[3, 4\]"):

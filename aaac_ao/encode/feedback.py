@@ -135,12 +135,12 @@ def feedback(
 
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
     """What descent needs of the blocks on the diagonal of H [K, K]."""
-    inner = [hessian[block, block] for block in _descent_blocks(len(hessian), group_size)]
-    orders = [torch.arange(len(part), device=part.device) for part in inner]
-    factors = [
-        inverse_factor(part, order, [len(part)], share=0.0)[0] for part, order in zip(inner, orders, strict=True)
-    ]
-    return [Metric.of_factor(factor) for factor in factors]
+    metrics = []
+    for block in _descent_blocks(len(hessian), group_size):
+        inner = hessian[block, block]
+        columns = torch.arange(len(inner), device=inner.device)
+        metrics.append(Metric.of_panel(*inverse_factor(inner, columns, [len(inner)], share=0.0)))
+    return metrics
 
 
 def _descent_blocks(columns: int, group_size: int) -> list[slice]:

@@ -89,7 +89,7 @@ class SecondOrder:
         """
         if output_shift is None:
             return weight
-        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
+        for rows in _rows(weight).chunks():
             shift, move, start = output_shift[rows][:, self.order.columns], torch.zeros_like(output_shift[rows]), 0
             for panel in self.factor:  # with columns in `order`, H^-1 = U^T U
                 move[:, start:].addmm_(shift[:, start:] @ panel.t(), panel, alpha=CORRECTION)
@@ -114,7 +114,7 @@ class SecondOrder:
         """
         start = self._with_error(weight, start, config, output_metric)
         if output_metric is None:
-            rows, panels = Rows(weight, _rows_of_chunk(weight)), None
+            rows, panels = _rows(weight), None
         else:  # many small chunks, which would each compute the metrics
             rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in self.factor]
 
@@ -134,23 +134,19 @@ class SecondOrder:
         rounded = _by_rows(rows, start, config, first)
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
-        rows.again(lambda rows: _grid_of(rounded, rows, config).values(rounded.codes[rows].t()).t())
+        rows.again(lambda some: _values(rounded, some, config))
         rounded = self._with_error(weight, _by_rows(rows, rounded, config, last), config, output_metric)
         return rounded if bool(rounded.error < start.error) else start, start.error
 
     def _with_error(
         self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
     ) -> Encoding:
-        errors = []
-        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
-            values = _grid_of(encoding, rows, config).values(encoding.codes[rows].t())
-            if output_metric is None:
-                errors.append(row_errors(weight[rows].float().t(), values, self.hessian).sum())
-            else:
-                errors.append(weight[rows].float() - values.t())
+        pairs = ((weight[rows].float(), _values(encoding, rows, config)) for rows in _rows(weight).chunks())
         if output_metric is None:
-            return dataclasses.replace(encoding, error=torch.stack(errors).sum())
-        return dataclasses.replace(encoding, error=output_error(torch.cat(errors), self.hessian, output_metric))
+            error = torch.stack([row_errors(w.t(), values.t(), self.hessian).sum() for w, values in pairs]).sum()
+        else:
+            error = output_error(torch.cat([w - values for w, values in pairs]), self.hessian, output_metric)
+        return dataclasses.replace(encoding, error=error)
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
         """The same choices with books by least squares, as they are stored."""
@@ -163,7 +159,7 @@ class SecondOrder:
             return encoding
         rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
         codes = torch.empty_like(encoding.codes)
-        for rows in Rows(weight, _rows_of_chunk(weight)).chunks():
+        for rows in _rows(weight).chunks():
             codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
         return dataclasses.replace(encoding, codes=codes, codebooks=books)
 
@@ -190,10 +186,16 @@ def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float)
     return lambda scale: fmt.neighbours(scale, pts, count, step) if config.scale_search else scale[None]
 
 
-def _rows_of_chunk(weight: torch.Tensor) -> int:
-    return max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1])
+def _rows(weight: torch.Tensor) -> Rows:
+    """The rows of a weight, each for itself, in chunks of about `CHUNK_WEIGHTS`."""
+    return Rows(weight, max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1]))
 
 
 def _grid_of(encoding: Encoding, rows: slice | torch.Tensor, config: AAACConfig) -> Grid:
     scale, selector = (part[rows].t().contiguous() for part in (encoding.scale, encoding.selector.to(torch.uint8)))
     return Grid(scale, selector, encoding.codebooks, config.group_size)
+
+
+def _values(encoding: Encoding, rows: slice | torch.Tensor, config: AAACConfig) -> torch.Tensor:
+    """[rows, K] what these rows are encoded as."""
+    return _grid_of(encoding, rows, config).values(encoding.codes[rows].t()).t()
