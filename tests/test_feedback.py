@@ -1,5 +1,7 @@
 """Second-order rounding against the plain algorithm in fp64 and exhaustive search."""
 
+from functools import partial
+
 import pytest
 import torch
 from encode_oracle import statistics_of
@@ -124,6 +126,24 @@ def test_descent_never_raises_a_row_and_stays_on_the_grid(k, group_size):
     assert errors[1].sum() < 0.5 * errors[0].sum()
 
 
+def test_two_passes_are_one_after_the_other():
+    """What a pass hands to the next, the gradient and refitted scales, against starting from scratch."""
+    k, n, size = 200, 64, 32
+    weight, grid = torch.randn(k, n), grid_of(n, k, size)
+    hessian = damp(statistics_of(correlated(2 * k, k)).hessian, 0.01)
+    codes = torch.randint(0, 16, (k, n), dtype=torch.uint8)
+    around = lambda scale: torch.stack([scale, 0.98 * scale, 1.02 * scale])  # noqa: E731
+    refit = partial(fit_scales, fmt=FORMATS["int4"], per_tensor_scale=None)
+    once = descend(weight, hessian, grid, codes, around, refit=refit)
+    expected = descend(weight, hessian, *once, around, refit=refit)
+    both = descend(weight, hessian, grid, codes, around, refit=refit, passes=2)
+    errors = [row_errors(weight, g.values(c), hessian) for g, c in (once, expected, both)]
+    same = (both[1] == expected[1]).all(0)  # a code at a midpoint may tip over by rounding, and the rest of its row
+    assert same.double().mean() > 0.8
+    assert torch.allclose(errors[2][same], errors[1][same], rtol=1e-3)
+    assert errors[2].sum() < 0.99 * errors[0].sum()
+
+
 def test_where_descent_ends_no_single_code_helps(monkeypatch):
     monkeypatch.setattr("aaac_ao.encode.rounding.SWEEPS", 40)
     weight, grid = torch.randn(20, 4), grid_of(4, 20, 16)
@@ -212,7 +232,8 @@ def test_books_and_scales_are_fitted_by_least_squares():
     assert torch.allclose(books.view(-1).double(), expected, rtol=0.02, atol=0.02)
 
     before = row_errors(weight, grid.values(codes), hessian)
-    scale = fit_scales(weight, hessian, grid, codes, FORMATS["int4"], None)
+    entries, pull = grid.entries[grid.index(codes)], hessian @ (grid.values(codes) - weight)
+    scale = fit_scales(entries, grid.scale, pull, hessian, size, FORMATS["int4"], None)
     fitted = Grid(scale, grid.selector, grid.codebooks, size)
     assert torch.equal(scale, scale.bfloat16().float())
     assert (row_errors(weight, fitted.values(codes), hessian) <= before * (1 + 1e-6)).all()
@@ -224,13 +245,16 @@ def test_books_and_scales_are_fitted_by_least_squares():
     assert torch.allclose(scale[1, free].double(), best[free], rtol=2**-7)
 
 
-def test_chunks_of_rows_do_not_show(monkeypatch):
+@pytest.mark.parametrize("codebooks", ["nf4", "learned"])
+def test_chunks_of_rows_do_not_show(monkeypatch, codebooks):
     weight, statistics = torch.randn(50, 96), statistics_of(correlated(500, 96))
-    config = AAACConfig("int4", 32, rounding="gptq")
+    config = AAACConfig("int4", 32, rounding="gptq", codebooks=codebooks)
     whole = encode(weight, config, statistics)
     monkeypatch.setattr("aaac_ao.encode.second_order.CHUNK_WEIGHTS", 7 * 96)
     parts = encode(weight, config, statistics)
-    assert (whole.codes == parts.codes).double().mean() > 0.97  # other shapes of matrix products round differently
+    # other shapes of matrix products round differently: a code may tip over and its row with it, and books see all rows
+    same = (whole.codes == parts.codes).all(1).double().mean()
+    assert same > 0.9 or not torch.equal(whole.codebooks, parts.codebooks)
     assert float(parts.error) == pytest.approx(float(whole.error), rel=0.02)
 
 

@@ -26,6 +26,8 @@ _CHUNK_COLUMNS = 128
 
 #: Scales to try, [count, groups, N], around those of some groups, [groups, N].
 Candidates = Callable[[torch.Tensor], torch.Tensor]
+#: Better scales [groups, N] of a block for its present codes: `least_squares.fit_scales` without the format.
+Refit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class Grid:
@@ -155,6 +157,8 @@ def descend(
     codes: torch.Tensor,
     candidates: Candidates,
     metrics: list[Metric] | None = None,
+    refit: Refit | None = None,
+    passes: int = 1,
 ) -> tuple[Grid, torch.Tensor]:
     """Round every block of columns anew with all others fixed, and keep what is better, row by row.
 
@@ -165,6 +169,8 @@ def descend(
         codes: [K, N] uint8.
         candidates: scales to try.
         metrics: `block_metrics` of H, if they are at hand.
+        refit: fits the scales of a block to its codes before it is rounded anew.
+        passes: over all blocks.
 
     Returns:
         The grid with the chosen scales and books, and codes [K, N] uint8.
@@ -174,28 +180,53 @@ def descend(
     codes, values = codes.clone(), grid.values(codes)
     grid = Grid(grid.scale.clone(), grid.selector.clone(), grid.codebooks, size)
     pull = hessian @ (values - weight)  # half the gradient
-    for block, metric in zip(_descent_blocks(len(weight), size), metrics, strict=True):
-        groups = slice(block.start // size, -(-block.stop // size))
-        sizes = [min(size, block.stop - first) for first in range(block.start, block.stop, size)]
-        # given the other columns the error is least at values - M^-1 pull, by |U pull|^2 less than where they are
-        wanted = metric.factor @ pull[block]
-        target = values[block] - metric.factor.t() @ wanted
-        rounded = round_block(target, metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
-        better = rounded.errors.square().sum(0) < (1 - _LEAST_GAIN) * wanted.square().sum(0)
-        moved = torch.where(better, rounded.values(grid.codebooks, sizes), values[block])
-        pull.addmm_(hessian[:, block], moved - values[block])
-        values[block] = moved
-        for kept, new in ((codes[block], rounded.codes), (grid.scale[groups], rounded.scale)):
-            kept.copy_(torch.where(better, new, kept))
-        grid.selector[groups] = torch.where(better, rounded.selector, grid.selector[groups])
+    for left in reversed(range(passes)):
+        for block, metric in zip(_descent_blocks(len(weight), size), metrics, strict=True):
+            before = values[block].clone()
+            _renew(block, hessian[block, block], metric, grid, codes, values, pull[block].clone(), candidates, refit)
+            rest = slice(0 if left else block.stop, None)  # in the last pass no block asks for what lies before it
+            pull[rest].addmm_(hessian[rest, block], values[block] - before)
     return grid, codes
+
+
+def _renew(
+    block: slice,
+    inner: torch.Tensor,
+    metric: Metric,
+    grid: Grid,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    pull: torch.Tensor,
+    candidates: Candidates,
+    refit: Refit | None,
+) -> None:
+    """Round one block anew, in place in grid, codes and values; `inner` [B, B] of H and `pull` [B, N] are its own."""
+    size, value = grid.group_size, values[block]
+    groups = slice(block.start // size, -(-block.stop // size))
+    sizes = [min(size, block.stop - first) for first in range(block.start, block.stop, size)]
+    if refit is not None:
+        entries = grid.entries[grid.index(codes[block], block.start)]
+        grid.scale[groups] = refit(entries, grid.scale[groups], pull, inner, size)
+        fitted = entries * _of_columns(grid.scale[groups], len(entries), size)
+        pull.addmm_(inner, fitted - value)
+        value.copy_(fitted)
+    # given the other columns the error is least at value - M^-1 pull, by |U pull|^2 less than where they are
+    wanted = metric.factor @ pull
+    target = value - metric.factor.t() @ wanted
+    rounded = round_block(target, metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+    better = rounded.errors.square().sum(0) < (1 - _LEAST_GAIN) * wanted.square().sum(0)
+    news = (rounded.values(grid.codebooks, sizes), rounded.codes, rounded.scale, rounded.selector)
+    for kept, new in zip((value, codes[block], grid.scale[groups], grid.selector[groups]), news, strict=True):
+        kept.copy_(torch.where(better, new, kept))
 
 
 def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [N], of weights [K, N]."""
     error = weight - quantised
-    pulled, total = hessian @ error, torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for start in range(0, len(error), _CHUNK_COLUMNS):
         block = slice(start, start + _CHUNK_COLUMNS)
-        total += (pulled[block].double() * error[block].double()).sum(0)
+        pulled = hessian[block, block] @ error[block]
+        pulled.addmm_(hessian[block, block.stop :], error[block.stop :], alpha=2)  # H is symmetric
+        total += (pulled.double() * error[block].double()).sum(0)
     return total

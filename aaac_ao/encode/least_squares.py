@@ -10,8 +10,6 @@ import torch
 from aaac_ao.encode.feedback import Grid
 from aaac_ao.formats import ScaleFormat
 
-#: Columns whose moves the columns behind them hear of in one matrix product; a multiple of every group.
-BLOCK_COLUMNS = 128
 #: Books are fitted on about this many weights (rows taken evenly): 32 numbers do not need more.
 SAMPLE_WEIGHTS = 1 << 16
 #: 32 copies are made of about this many weights at a time.
@@ -49,43 +47,37 @@ def fit_books(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: to
 
 
 def fit_scales(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    grid: Grid,
-    codes: torch.Tensor,
+    entries: torch.Tensor,
+    scale: torch.Tensor,
+    pull: torch.Tensor,
+    metric: torch.Tensor,
+    group_size: int,
     fmt: ScaleFormat,
     per_tensor_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scales of all groups, one group after the other set to its best storable value where that helps.
+    """Scales of a block of columns, one group after the other set to its best storable value where that helps.
 
     Args:
-        weight: [K, N] fp32.
-        hessian: [K, K].
-        grid: the scales to start from, selectors and books.
-        codes: [K, N].
+        entries: [B, N] fp32, the entries of the books that the codes stand for.
+        scale: [groups, N] fp32, the scales to start from.
+        pull: [B, N] fp32, half the gradient of the error by the values, all columns of the weight considered.
+        metric: [B, B] fp32, the block on the diagonal of H.
+        group_size: columns per group; the last may have fewer.
         fmt: format that the scales are rounded to.
         per_tensor_scale: of the format.
 
     Returns:
         [groups, N] fp32.
     """
-    scale, size = grid.scale.clone(), grid.group_size
-    gradient = hessian @ (grid.values(codes) - weight)
-    for start in range(0, len(weight), BLOCK_COLUMNS):
-        block = slice(start, min(start + BLOCK_COLUMNS, len(weight)))
-        own, near, moves = gradient[block], hessian[block, block], torch.empty_like(gradient[block])
-        entries = grid.entries[grid.index(codes[block], start)]
-        for first in range(0, len(own), size):
-            part = slice(first, min(first + size, len(own)))
-            v, group = entries[part], (start + first) // size
-            slope, curvature = (own[part] * v).sum(0), (near[part, part] @ v * v).sum(0)
-            best = scale[group] - slope / curvature.clamp(min=1e-30)
-            best = torch.where(best > 0, fmt.round(best.clamp(min=0), per_tensor_scale), scale[group])
-            move = best - scale[group]
-            helps = (move * (2 * slope + move * curvature) < 0) & (scale[group] > 0) & torch.isfinite(best)
-            move = torch.where(helps, move, torch.zeros_like(move))
-            scale[group] = torch.where(helps, best, scale[group])
-            moves[part] = move * v
-            own.addmm_(near[:, part], moves[part])
-        gradient[block.stop :].addmm_(hessian[block.stop :, block], moves)
+    scale, pull = scale.clone(), pull.clone()
+    for group, first in enumerate(range(0, len(entries), group_size)):
+        part = slice(first, first + group_size)
+        v, own = entries[part], scale[group]
+        slope, curvature = (pull[part] * v).sum(0), (metric[part, part] @ v * v).sum(0)
+        best = own - slope / curvature.clamp(min=1e-30)
+        best = torch.where(best > 0, fmt.round(best.clamp(min=0), per_tensor_scale), own)
+        move = best - own
+        helps = (move * (2 * slope + move * curvature) < 0) & (own > 0) & torch.isfinite(best)
+        pull.addmm_(metric[:, part], torch.where(helps, move, torch.zeros_like(move)) * v)
+        scale[group] = torch.where(helps, best, own)
     return scale

@@ -16,7 +16,7 @@ import torch
 #: Share of the mean diagonal that is added to the diagonal of M, which is measured on few tokens.
 OUTPUT_DAMPING = 0.1
 #: Rows that are rounded at a time; only in their targets do they hear of each other.
-COUPLED_ROWS = 8
+COUPLED_ROWS = 4
 #: Columns whose errors are weighed at a time.
 _CHUNK_COLUMNS = 128
 

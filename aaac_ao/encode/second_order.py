@@ -4,7 +4,9 @@
 2. Books and scales come from the first-order encoder, with an importance between H's diagonal and what the feedback
    leaves of it.
 3. Codes, scales and the choice of books by feedback, then by block coordinate descent (`feedback`).
-4. Books and scales by least squares (`least_squares`), then descent again with finer steps of the scales.
+4. Books by least squares (`least_squares`), then more descent with finer steps of the scales.
+
+Wherever descent comes by, it first fits the scales of a block to its codes.
 
 With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
+#: Passes of the last descent, each of which gains less than the one before.
+LAST_PASSES = 3
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
 #: accelerators, where every launch costs, take 16 times as many.
 CHUNK_WEIGHTS = 1 << 19
@@ -118,18 +123,20 @@ class SecondOrder:
         else:  # many small chunks, which would each compute the metrics
             rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in self.factor]
 
+        refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
+        refit = refit if config.scale_search else None
+
         def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             around = _candidates(start, config, *FEEDBACK_SCALES)
             grid, codes = feedback(w, self.order, self.factor, grid, around, panels)
+            around = _candidates(start, config, *DESCENT_SCALES)
             with self._damped() as hessian:
-                return descend(w, hessian, grid, codes, _candidates(start, config, *DESCENT_SCALES), self.metrics)
+                return descend(w, hessian, grid, codes, around, self.metrics, refit)
 
         def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+            around = _candidates(start, config, *LAST_SCALES)
             with self._damped() as hessian:
-                if config.scale_search:
-                    scale = fit_scales(w, hessian, grid, codes, config.scale_format, start.per_tensor_scale)
-                    grid = Grid(scale, grid.selector, grid.codebooks, grid.group_size)
-                return descend(w, hessian, grid, codes, _candidates(start, config, *LAST_SCALES), self.metrics)
+                return descend(w, hessian, grid, codes, around, self.metrics, refit, LAST_PASSES)
 
         rounded = _by_rows(rows, start, config, first)
         if config.codebooks == "learned":
