@@ -93,16 +93,15 @@ def linear(
     """
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias, act_pre_scale)
-    flat = x.reshape(-1, x.shape[-1])
     if act_pre_scale is not None:
-        flat = flat * act_pre_scale.to(flat.dtype)
+        x = x * act_pre_scale.to(x.dtype)
     parts = (qdata, scale, codebooks, per_tensor_scale)
     kernel, mode = _cpu(), _cpu_mode.get()
-    if kernel.supports(scale, group_size) and len(flat) <= kernel.most_tokens(mode):
-        wide = flat.float() if x.dtype == torch.float16 else flat
-        y = kernel.linear(wide, *parts, group_size, bias, mode).to(x.dtype)
-    else:
-        y = _linear_in_chunks(flat, *parts, group_size, bias)
+    if kernel.supports(scale, group_size) and x.numel() // x.shape[-1] <= kernel.most_tokens(mode):
+        if x.dtype == torch.float16:
+            return kernel.linear(x.float(), *parts, group_size, bias, mode).half()
+        return kernel.linear(x, *parts, group_size, bias, mode)
+    y = _linear_in_chunks(x.reshape(-1, x.shape[-1]), *parts, group_size, bias)
     return y.view(*x.shape[:-1], scale.shape[0])
 
 

@@ -97,7 +97,7 @@ def linear(
     """Return x @ w.T + bias for a stored weight w [N, K].
 
     Args:
-        x: [M, K], fp32 or bf16.
+        x: [..., K], fp32 or bf16.
         qdata: packed codes, uint8 [ceil(N / 16), ceil(K / 64) * 512]; rows may be strided.
         scale: signed scales [N, ceil(K / group_size)], bf16 or float8_e4m3fn; rows may be strided.
         codebooks: bf16 [2, 16].
@@ -109,16 +109,16 @@ def linear(
         isa: one of `ISAS`; None: the best.
 
     Returns:
-        y [M, N] in x's dtype, contiguous. The same bits for any number of threads.
+        y [..., N] in x's dtype, contiguous. The same bits for any number of threads.
 
     Raises:
         ValueError: a dtype, shape or stride the kernel does not take, an unknown mode, or no such instruction set.
     """
-    if x.dim() != 2 or x.dtype not in _TYPES or not x.is_cpu:
-        raise ValueError(f"x must be 2-D fp32 or bf16 and on the CPU, got {x.dim()}-D {x.dtype} on {x.device}")
+    if x.dim() == 0 or x.dtype not in _TYPES or not x.is_cpu:
+        raise ValueError(f"x must be fp32 or bf16 [..., K] on the CPU, got {x.dim()}-D {x.dtype} on {x.device}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    tokens, in_features = x.shape
+    *leading, in_features = x.shape
     # kept in a variable: what `contiguous` makes must outlive the call
     weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
     out_features = scale.shape[0]
@@ -128,8 +128,9 @@ def linear(
                 f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}"
             )
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    x = x if x.stride(1) == 1 and _aligned(x) else x.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty(tokens, out_features)
+    rows_in_place = (x.dim() == 2 and x.stride(1) == 1) or x.is_contiguous()
+    x = x if rows_in_place and _aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(*leading, out_features)
     if y.numel() == 0:
         return y
     status = _library().aaac_linear(
@@ -138,8 +139,8 @@ def linear(
         torch.get_num_threads(),
         x.data_ptr(),
         _TYPES[x.dtype],
-        x.stride(0),
-        tokens,
+        x.stride(0) if x.dim() == 2 else in_features,
+        y.numel() // out_features,
         *_pointers(weight, group_size, in_features),
         None if bias is None else bias.data_ptr(),
         0 if bias is None else _TYPES[bias.dtype],

@@ -16,6 +16,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
+// Below this many products, a second thread comes too late to help.
+enum { SHORT_PRODUCTS = 1 << 17 };
+
 enum { DONE = 0, NO_MEMORY = -1, NO_SUCH_PATH = -2 };
 
 // The best instruction set of this machine: ISA_PLAIN, ISA_AVX2 or ISA_AVX512; all below it work too.
@@ -242,6 +245,7 @@ EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type
                        const void *books, const void *per_tensor_scale, int64_t group_size, int64_t rows,
                        int64_t columns, const void *bias, int bias_type, void *y) {
     if (isa < ISA_PLAIN || isa > aaac_best_isa()) return NO_SUCH_PATH;
+    if (tokens * rows * columns < SHORT_PRODUCTS) threads = 1;
     Linear job;
     job.isa = isa;
     job.w = make_weight(qdata, qdata_stride, scale, scale_stride, scale_type, books, rows, columns, group_size);
