@@ -122,4 +122,6 @@ def test_metrics_of_stacked_layers_are_joined():
     joined = OutputMetric.joined(parts)
     assert len(joined) == 14
     assert (joined.matrix[:5, 5:] == 0).all()
+    assert torch.allclose(joined.matrix[:5, :5], parts[0].matrix, rtol=1e-4, atol=1e-5)  # damped once
+    assert torch.allclose(joined.matrix[5:, 5:], parts[1].matrix, rtol=1e-4, atol=1e-5)
     assert OutputMetric.joined(parts[:1]) is parts[0]

@@ -48,7 +48,11 @@ class OutputMetric:
     @classmethod
     def joined(cls, metrics: list[OutputMetric]) -> OutputMetric:
         """Of layers whose weights are stacked, which are taken to matter alike and not to interact."""
-        return metrics[0] if len(metrics) == 1 else cls(torch.block_diag(*[metric.matrix for metric in metrics]))
+        if len(metrics) == 1:
+            return metrics[0]
+        joined = torch.block_diag(*[metric.matrix for metric in metrics])
+        joined.diagonal().sub_(OUTPUT_DAMPING)  # they are damped already
+        return cls(joined)
 
     def __len__(self) -> int:
         return len(self.matrix)
