@@ -15,8 +15,9 @@ import torch
 
 #: Share of the mean diagonal that is added to the diagonal of M, which is measured on few tokens.
 OUTPUT_DAMPING = 0.1
-#: Rows that are rounded at a time; only in their targets do they hear of each other.
-COUPLED_ROWS = 4
+#: Rows that are rounded at a time; only in their targets do they hear of each other. More where there would be more
+#: than so many turns: the time of a turn hardly depends on its rows.
+COUPLED_ROWS, MOST_TURNS = 4, 64
 #: Columns whose errors are weighed at a time.
 _CHUNK_COLUMNS = 128
 
@@ -115,7 +116,7 @@ class CoupledRows(Rows):
     """
 
     def __init__(self, weight: torch.Tensor, metric: OutputMetric) -> None:
-        super().__init__(weight, COUPLED_ROWS)
+        super().__init__(weight, max(COUPLED_ROWS, -(-len(weight) // MOST_TURNS)))
         self.metric = metric
         self._errors = torch.zeros(weight.shape, device=weight.device)  # in the metric's order
         self._rounded = False
