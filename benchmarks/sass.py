@@ -108,8 +108,10 @@ def kernels(module: str):
     return importlib.import_module(f"{name}.{module}")
 
 
-def compile_kernel(kernel, capability: int, dtype: str, group_size: int, constants: dict, source=None, **options):
-    """Compile with the argument types of a launch: 16-divisible pointers and sizes, M of any value.
+def compile_kernel(
+    kernel, capability: int, dtype: str, group_size: int, constants: dict, source=None, any_value=("M",), **options
+):
+    """Compile with the argument types of a launch: 16-divisible pointers and sizes, but for some of any value.
 
     Args:
         kernel: a jitted function.
@@ -118,6 +120,7 @@ def compile_kernel(kernel, capability: int, dtype: str, group_size: int, constan
         group_size: weights per scale; decides the type of scales, and whether there is a per-tensor scale.
         constants: constexpr arguments besides G; a pointer may be None.
         source: the class that carries a kernel to the compiler; Triton's ASTSource by default.
+        any_value: names of the arguments that need not be divisible by 16.
         options: num_warps and the like.
     """
     from triton.backends.compiler import GPUTarget
@@ -133,6 +136,10 @@ def compile_kernel(kernel, capability: int, dtype: str, group_size: int, constan
         "table_ptr": "*i32",
         "partial_ptr": "*fp32",
         "per_tensor_scale_ptr": "*fp32",
+        **dict.fromkeys(("target_ptr", "factor_ptr", "metric_ptr", "root_ptr", "books_ptr"), "*fp32"),
+        **dict.fromkeys(("candidates_ptr", "scales_ptr", "errors_ptr"), "*fp32"),
+        **dict.fromkeys(("codes_ptr", "selector_ptr"), "*u8"),
+        "ends_ptr": "*i32",
     }
     if group_size != 16 and "per_tensor_scale_ptr" in kernel.arg_names:
         constants["per_tensor_scale_ptr"] = None
@@ -142,7 +149,11 @@ def compile_kernel(kernel, capability: int, dtype: str, group_size: int, constan
         fn=kernel,
         signature=signature,
         constexprs={positions[name]: value for name, value in constants.items()},
-        attrs={positions[n]: [["tt.divisibility", 16]] for n in signature if signature[n] != "constexpr" and n != "M"},
+        attrs={
+            positions[name]: [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind != "constexpr" and name not in any_value
+        },
     )
     return compile(code, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -224,6 +235,14 @@ def is_code_load(instruction: str) -> bool:
 def is_table_read(instruction: str) -> bool:
     """The pair table is all that is read from shared memory."""
     return instruction.startswith("LDS")
+
+
+def compile_rounding(capability: int, columns: int, group_size: int):
+    """The kernel that rounds blocks for the encoder, compiled for so many columns in groups of `group_size`."""
+    module = kernels("rounding")
+    constants = module.tiles(columns, group_size)
+    options = {"num_warps": constants.pop("num_warps"), "any_value": ("N", "B", "groups", "count", "sweeps")}
+    return compile_kernel(module.rounding_kernel, capability, "fp32", group_size, constants, **options)
 
 
 def count(variant: Variant) -> Count:

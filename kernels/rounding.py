@@ -16,9 +16,8 @@ import triton.language as tl
 
 #: Most columns of a block.
 MOST_COLUMNS = 256
-#: Rows of a program, which is one warp.
-ROWS = 4
-#: Pairs of a scale and a book that are tried side by side: with `ROWS` rows, one for every lane.
+#: Pairs of a scale and a book that are tried side by side. Times the rows of a program these are the lanes of its warp,
+#: or half of them where groups are so large that registers run short.
 TRIALS = 8
 #: Largest offset in a tensor.
 MAX_OFFSET = 2**31 - 1
@@ -103,7 +102,7 @@ def _choose(
 @triton.jit(do_not_specialize=["N", "B", "groups", "count", "sweeps"])
 def rounding_kernel(
     target_ptr, factor_ptr, metric_ptr, root_ptr, books_ptr, candidates_ptr, ends_ptr,
-    codes_ptr, selector_ptr, scale_ptr, errors_ptr, N, B, groups, count, sweeps,
+    codes_ptr, selector_ptr, scales_ptr, errors_ptr, N, B, groups, count, sweeps,
     ROWS: tl.constexpr, TRIALS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """See `round_block`; `factor_ptr` is transposed, so that the weights of a column are contiguous.
@@ -128,7 +127,7 @@ def rounding_kernel(
             errors_ptr, factor_ptr, books_ptr, group_ptr, first, end - first, N, B, groups, count, ROWS, TRIALS, GROUP
         )
         scale = tl.load(group_ptr + candidate * groups * N + rows, mask=own, other=0.0)
-        tl.store(scale_ptr + group * N + rows, scale, mask=own)
+        tl.store(scales_ptr + group * N + rows, scale, mask=own)
         tl.store(selector_ptr + group * N + rows, book.to(tl.uint8), mask=own)
         inverse, middles = _reciprocal(scale), _middles(books_ptr, book)
         for i in range(first, end):
@@ -142,7 +141,7 @@ def rounding_kernel(
     tl.debug_barrier()
     for _ in range(sweeps):
         for group in range(groups):
-            scale = tl.load(scale_ptr + group * N + rows, mask=own, other=0.0)
+            scale = tl.load(scales_ptr + group * N + rows, mask=own, other=0.0)
             book = tl.load(selector_ptr + group * N + rows, mask=own, other=0).to(tl.int32)
             inverse, middles = _reciprocal(scale), _middles(books_ptr, book)
             for i in range(tl.load(ends_ptr + group), tl.load(ends_ptr + group + 1)):
@@ -208,18 +207,20 @@ def round_block(
     errors = torch.empty(columns, rows, device=target.device)
     if rows:
         inputs = [part.contiguous() for part in (target, factor.t(), metric, root, codebooks, candidates)]
+        sizes_of_program = tiles(columns, max(sizes))
         with torch.cuda.device_of(target):  # Triton launches on the current device
-            rounding_kernel[(triton.cdiv(rows, ROWS),)](
+            rounding_kernel[(triton.cdiv(rows, sizes_of_program["ROWS"]),)](
                 *inputs, _ends(tuple(sizes), target.device), codes, selector, scale, errors,
-                rows, columns, groups, len(candidates), sweeps, **tiles(columns, max(sizes)),
+                rows, columns, groups, len(candidates), sweeps, **sizes_of_program,
             )  # fmt: skip
     return codes, selector, scale, errors
 
 
 def tiles(columns: int, group_size: int) -> dict[str, int]:
-    """The sizes that a program is compiled for, of a block of so many columns with groups of at most `group_size`."""
-    padded = [max(16, triton.next_power_of_2(size)) for size in (columns, group_size)]
-    return {"ROWS": ROWS, "TRIALS": TRIALS, "COLUMNS": padded[0], "GROUP": padded[1], "num_warps": 1}
+    """The sizes that a program is compiled for: for so many columns, in groups of at most `group_size`."""
+    columns, group_size = (max(16, triton.next_power_of_2(size)) for size in (columns, group_size))
+    rows = 32 // TRIALS if group_size <= 64 else 16 // TRIALS
+    return {"ROWS": rows, "TRIALS": TRIALS, "COLUMNS": columns, "GROUP": group_size, "num_warps": 1}
 
 
 @functools.lru_cache(maxsize=64)

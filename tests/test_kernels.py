@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 HELPER = pathlib.Path(__file__).with_name("kernels_in_interpreter.py")
 KINDS = [f"{kernel} G={group_size}" for kernel in ("linear", "dequantize") for group_size in (16, 32, 64, 128)]
@@ -20,32 +20,15 @@ KINDS = [f"{kernel} G={group_size}" for kernel in ("linear", "dequantize") for g
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def _interpreter_fault() -> str | None:
-    """Triton 3.6's interpreter converts arrays to scalars in a way that numpy 2.4 refuses."""
-    triton, numpy = importlib.metadata.version("triton"), importlib.metadata.version("numpy")
-    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
-        return f"the interpreter of triton {triton} does not run with numpy {numpy}: install numpy<2.4"
-    return None
-
-
-def _run_helper(part: str) -> list[dict]:
-    """What the helper prints: a list of {"kind", "case", "ratio"}."""
-    if fault := _interpreter_fault():
-        pytest.skip(fault)
-    seed = os.environ.get("AAAC_TEST_SEED", str(int.from_bytes(os.urandom(3), "little")))
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(HELPER), part, seed]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, f"AAAC_TEST_SEED={seed}\n{run.stderr[-4000:]}"
-    print(f"AAAC_TEST_SEED={seed}")
-    return json.loads(run.stdout)
-
-
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
     """Both parts of the helper, side by side."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return [result for part in pool.map(_run_helper, ("portable", "assembly")) for result in part]
+        return [
+            result
+            for part in pool.map(partial(run_in_interpreter, HELPER), ("portable", "assembly"))
+            for result in part
+        ]
 
 
 @pytest.mark.parametrize(

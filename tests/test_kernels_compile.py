@@ -68,6 +68,23 @@ def test_finish(capability):
         assert sass.compile_kernel(launch.finish_kernel, capability, dtype, group_size, constants).asm["cubin"]
 
 
+@pytest.mark.parametrize("capability", [*CAPABILITIES, 100])
+@pytest.mark.parametrize(
+    ("columns", "group_size"),
+    [(16, 16), (64, 16), (64, 64), (128, 128), (256, 16), (256, 32), (256, 64), (256, 128)],
+)
+def test_rounding(capability, columns, group_size):
+    """What feedback and descent launch: fp32 throughout, registers spill outside of loops over columns at most."""
+    compiled = sass.compile_rounding(capability, columns, group_size)
+    assert compiled.metadata.shared <= 1024
+    assert "mma" not in compiled.asm["ptx"]
+    assert sass.resources(compiled.asm["cubin"])[1] <= 64
+    loops = sass.loops(sass.tool("nvdisasm", compiled.asm["cubin"]))
+    columns_loops = [loop for loop in loops if any(instruction.startswith("FFMA") for instruction in loop)]
+    assert len(columns_loops) >= 5  # what groups leave, trials, feedback, descent, errors
+    assert not [line for loop in columns_loops for line in loop if line.startswith(("LDL", "STL"))]
+
+
 def test_without_factors_bias_and_splits():
     assert compile_exact(1, 90, 128, act_ptr=None, bias_ptr=None, partial_ptr=None).asm["cubin"]
 

@@ -5,14 +5,16 @@ Everything here is laid out [columns, N], transposed against the weight: one inp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from aaac_ao.encode.scales import reciprocal
 
-#: Most columns of a block, in the C library too.
+#: Most columns of a block, in the C library and the Triton kernel too.
 BLOCK_COLUMNS = 256
 #: Passes of coordinate descent over the columns of a block.
 SWEEPS = 3
@@ -63,10 +65,15 @@ class Rounded:
 
     def values(self, codebooks: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """[B, N] what the columns were rounded to."""
-        groups = torch.arange(len(sizes), device=self.codes.device)
-        of_column = groups.repeat_interleave(torch.tensor(sizes, device=self.codes.device))
+        of_column = _groups_of_columns(tuple(sizes), self.codes.device)
         index = self.codes.long() + 16 * self.selector.long()[of_column]
         return codebooks.view(-1)[index] * self.scale[of_column]
+
+
+@functools.lru_cache(maxsize=64)
+def _groups_of_columns(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[B] int64; kept, as a copy to an accelerator waits for it."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
 
 
 def round_block(
@@ -92,7 +99,64 @@ def round_block(
         ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
         parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates, ends)
         return Rounded(*compiled.round_block(target, *parts, SWEEPS))
+    kernel = _kernel() if target.is_cuda else None
+    if kernel is not None and _is_right(kernel, target.device, len(target), max(sizes)):
+        return _launch(kernel, target, metric, sizes, codebooks, candidates)
     return _round_block(target, metric, sizes, codebooks, candidates)
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """The module of the Triton kernel, or None without Triton."""
+    try:
+        from aaac_ao.kernels import rounding
+    except ImportError:
+        return None
+    return rounding
+
+
+def _launch(
+    kernel: ModuleType,
+    target: torch.Tensor,
+    metric: Metric,
+    sizes: Sequence[int],
+    codebooks: torch.Tensor,
+    candidates: torch.Tensor,
+) -> Rounded:
+    parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates)
+    return Rounded(*kernel.round_block(target, *parts, sizes, SWEEPS))
+
+
+def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size: int) -> bool:
+    """Whether the kernel, as compiled for such blocks, rounds as well as PyTorch; checked once on every device."""
+    from aaac_ao.kernels import verify
+
+    tiles = kernel.tiles(columns, group_size)
+    columns, group_size = tiles["COLUMNS"], tiles["GROUP"]
+    variant = ("rounding", columns, group_size)
+    return verify.fast_is_right(variant, device, lambda: _errors_of_both(kernel, device, columns, group_size))
+
+
+def _errors_of_both(
+    kernel: ModuleType, device: torch.device, columns: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of random rows after rounding by the kernel and by PyTorch: [1, 2], as computed here and as returned."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [group_size] * (columns // group_size)
+    sizes[-1] -= 3
+    columns -= 3
+    target, noise = (torch.randn(columns, n, generator=generator, device=device) for n in (30, columns))
+    factor = torch.eye(columns, device=device) + noise.triu(1) / columns**0.5
+    books = torch.randn(2, 16, generator=generator, device=device).sort(dim=1).values
+    scale = torch.stack([part.abs().amax(0) for part in target.split(sizes)])
+    candidates = torch.stack([scale * share for share in (0.3, 0.4, 0.5, 0.6, 0.7)])
+    problem = (target, Metric.of_factor(factor), sizes, books, candidates)
+    errors = []
+    for rounded in (_launch(kernel, *problem), _round_block(*problem)):
+        lost = target - rounded.values(books, sizes)
+        both = (((problem[1].matrix @ lost) * lost).sum(), rounded.errors.square().sum())
+        errors.append(torch.stack(both)[None])
+    return errors[0], errors[1]
 
 
 def _round_block(
