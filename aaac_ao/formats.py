@@ -59,12 +59,12 @@ class ScaleFormat:
         self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None, count: int, step: float
     ) -> torch.Tensor:
         """Storable scales around storable ones, [2 * count + 1, ...]: in steps of a share, or of E4M3's codes."""
-        offsets = range(-count, count + 1)
+        offsets = torch.arange(-count, count + 1, device=scale.device).view(-1, *[1] * scale.dim())
         if per_tensor_scale is None:
-            return torch.stack([self.round(scale * (1 + step * offset), None) for offset in offsets])
+            return self.round(scale * (1 + step * offsets.double()).float(), None)
         # consecutive E4M3 codes are consecutive integers of their bit patterns
-        code = (scale / per_tensor_scale).to(self.scale_dtype).view(torch.uint8).int()
-        codes = torch.stack([(code + offset).clamp(1, 126) for offset in offsets]).to(torch.uint8)
+        code = (scale / per_tensor_scale).to(self.scale_dtype).view(torch.uint8)
+        codes = (code + offsets).clamp_(1, 126).to(torch.uint8)
         return (codes.view(self.scale_dtype).float() * per_tensor_scale).mul_(scale > 0)
 
     def store(self, scale: torch.Tensor, selector: torch.Tensor, per_tensor_scale: torch.Tensor | None) -> torch.Tensor:

@@ -52,6 +52,23 @@ def inverse_factor(
     raise ValueError(f"the Hessian of {len(hessian)} inputs cannot be factorised; check the calibration batches")
 
 
+def inverse_factors(matrices: torch.Tensor) -> torch.Tensor:
+    """`inverse_factor` of small matrices [n, B, B] fp32 at once, damped only where that is needed: [n, B, B].
+
+    Raises:
+        ValueError: a matrix cannot be factorised, however much it is damped.
+    """
+    size = matrices.shape[-1]
+    lower, failed = torch.linalg.cholesky_ex(matrices.flip(1, 2))
+    eye = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
+    factors = torch.linalg.solve_triangular(lower.flip(1, 2), eye.expand_as(lower), upper=True).contiguous()
+    bad = (failed != 0) | ~torch.isfinite(factors).flatten(1).all(1)
+    for index in bad.nonzero().flatten().tolist():
+        columns = torch.arange(size, device=matrices.device)
+        factors[index] = inverse_factor(matrices[index], columns, [size], share=0.0)[0]
+    return factors
+
+
 def _panels(
     hessian: torch.Tensor, columns: torch.Tensor, sizes: Sequence[int], more: torch.Tensor, dtype: torch.dtype
 ) -> list[torch.Tensor]:

@@ -9,12 +9,13 @@ Everything here is laid out [K, N], transposed against the weight: one input cha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from aaac_ao.encode.factor import inverse_factor
+from aaac_ao.encode.factor import inverse_factors
 from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, round_block
 
 #: Columns that descent rounds anew at a time, at least one group of them.
@@ -138,10 +139,11 @@ def feedback(
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
     """What descent needs of the blocks on the diagonal of H [K, K]."""
     metrics = []
-    for block in _descent_blocks(len(hessian), group_size):
-        inner = hessian[block, block]
-        columns = torch.arange(len(inner), device=inner.device)
-        metrics.append(Metric.of_panel(*inverse_factor(inner, columns, [len(inner)], share=0.0)))
+    for _, blocks in itertools.groupby(
+        _descent_blocks(len(hessian), group_size), lambda block: block.stop - block.start
+    ):
+        inner = torch.stack([hessian[block, block] for block in blocks])
+        metrics += Metric.of_factor(inverse_factors(inner)).split()
     return metrics
 
 

@@ -36,15 +36,19 @@ class Metric:
 
     @classmethod
     def of_factor(cls, factor: torch.Tensor) -> Metric:
-        """From the upper factor U of M^-1 = U^T U."""
-        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        root = torch.linalg.solve_triangular(factor.t(), identity, upper=False)
-        return cls(root.t() @ root, factor, root)
+        """From the upper factor U of M^-1 = U^T U, or from several of them, [n, B, B], which `split` takes apart."""
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor.mT, identity, upper=False).contiguous()
+        return cls(root.mT @ root, factor, root)
 
     @classmethod
     def of_panel(cls, panel: torch.Tensor) -> Metric:
         """Of the first columns of a panel [B, >= B] of rows of a factor."""
         return cls.of_factor(panel[:, : len(panel)])
+
+    def split(self) -> list[Metric]:
+        """The metrics of several blocks, one by one."""
+        return [Metric(*parts) for parts in zip(self.matrix, self.factor, self.root, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
-#: accelerators, where every launch costs, take 16 times as many.
+#: accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 19
 
 
@@ -195,7 +195,7 @@ def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float)
 
 def _rows(weight: torch.Tensor) -> Rows:
     """The rows of a weight, each for itself, in chunks of about `CHUNK_WEIGHTS`."""
-    return Rows(weight, max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16) // weight.shape[1]))
+    return Rows(weight, max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 32) // weight.shape[1]))
 
 
 def _grid_of(encoding: Encoding, rows: slice | torch.Tensor, config: AAACConfig) -> Grid:
