@@ -58,12 +58,13 @@ def check(name: str, seconds: float, reserve: float | None = None) -> Part:
 
 PARTS = {
     "numerics": check("numerics", 100, 15),
-    "graphs": check("graphs", 35),
-    "compiled": check("compiled", 50),
-    "large": check("large", 45),
+    "graphs": check("graphs", 30),
+    "compiled": check("compiled", 45),
+    "large": check("large", 40),
+    "rounding": check("rounded_blocks", 30),
     "encode": Part(
         "benchmarks.encode_speed",
-        "--device cuda --sizes 2048 4096 --repeats 1",
+        "--device cuda --sizes 1024 2048 4096 --repeats 2",
         "--device cpu --sizes 128 --repeats 1 --no-peers",
         30,
     ),
@@ -71,21 +72,21 @@ PARTS = {
         "benchmarks.linear",
         f"--device cuda --peers tinygemm torchao-nvfp4 --shapes {SHAPES} 4096x14336 8192x28672",
         f"{DRY_LINEAR} --peers torch-int4 --formats int4-128 nvfp4-16",
-        100,
+        95,
         20,
     ),
     "peers": Part(
         "benchmarks.linear",
         f"--device cuda --peers bitsandbytes gemlite fbgemm --formats --shapes {SHAPES} --tokens 1 4 16 64 256 1024",
         f"{DRY_LINEAR} --peers torch-int8 --formats",
-        50,
+        45,
         20,
     ),
     "generate": Part(
         "benchmarks.generate",
         "--device cuda --batches 1 16 --new-tokens 64 --variants bf16 int4-128 torchao-int4 nvfp4-16",
         "--device cpu --models tiny --variants fp32 int4-64 --new-tokens 4 --rounds 1 --no-compile",
-        110,
+        105,
         10,
     ),
 }
@@ -137,6 +138,7 @@ def show(name: str, result: dict, dry: bool) -> None:
     if "cases" in content:
         print(f"{content['cases']} cases, {content['wrong']} wrong; worst: {content['largest_over_bound'][:3]}")
         print("\n".join(content.get("warnings", [])))
+        print("\n".join(f"{case}: {ms} ms" for case, ms in content.get("milliseconds", {}).items()))
     elif rows := content.get("rows", []):
         if name == "generate":
             print(generate.rows_table(rows))

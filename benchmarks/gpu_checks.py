@@ -8,6 +8,7 @@ With --dry-run on a CPU: the kernels run in Triton's interpreter (set TRITON_INT
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import logging
 import math
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 
 import aaac_ao
 from aaac_ao import AAACTensor
+from aaac_ao.encode import rounding as encoder
 from aaac_ao.formats import FORMATS
 from aaac_ao.generate import generate
 from aaac_ao.kernels import dispatch
+from aaac_ao.kernels import rounding as rounding_kernel
 from benchmarks.models import build
 from benchmarks.report import write_json
 from benchmarks.shapes import random_weight
@@ -35,6 +38,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(1000, 1234, 0, 0), (1, 1, 0, 0), (4096, 4096, 0, 0), (528, 2000, 64, 256), (16, 64, 16, 128)]
 TOKENS = [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 130, 200, 300, 1000]
 DRY_SHAPES, DRY_TOKENS = [(33, 200, 0, 0), (16, 64, 16, 128)], [1, 17]
+#: (columns, group size) of what the encoder rounds at once, in feedback and in descent.
+BLOCKS, DRY_BLOCKS = [(256, 16), (256, 64), (256, 128), (64, 16), (64, 64), (128, 128)], [(16, 16)]
+ROUNDED_ROWS = 4096
 #: Decode steps with CUDA graphs: warm-up, recording, replays.
 STEPS = 8
 
@@ -223,7 +229,36 @@ def decoded_in_one_graph(form: str, args: argparse.Namespace, counters) -> list:
     return [f"decoding {form}: cudagraph skips {skipped}", math.inf if bad or skipped else 0.0]
 
 
-PARTS = {part.__name__: part for part in (numerics, large, graphs, compiled)}
+def rounded_blocks(args: argparse.Namespace) -> dict:
+    """The encoder's kernel leaves the error that PyTorch leaves, to a thousandth, and the same bytes every time.
+
+    "milliseconds" has what one block of `ROUNDED_ROWS` rows takes.
+    """
+    handler, device, rows, times = Warnings(), torch.device(args.device), [], {}
+    logging.getLogger("aaac_ao").addHandler(handler)
+    for columns, group_size in DRY_BLOCKS if args.dry_run else BLOCKS:
+        case = f"rounding {columns} columns g{group_size}"
+        error, expected = encoder.errors_of_both(rounding_kernel, device, columns, group_size)
+        rows.append([case, over(error, expected.double(), 1e-3 * expected)])
+        sizes = [group_size] * (columns // group_size)
+        target = torch.randn(columns, 5 if args.dry_run else ROUNDED_ROWS, device=device)
+        factor = torch.eye(columns, device=device) + torch.randn(columns, columns, device=device).triu(1) / columns
+        books = torch.randn(2, 16, device=device).sort(dim=1).values
+        shares = torch.linspace(0.1, 0.3, 9, device=device)[:, None, None]
+        scale = torch.stack([part.abs().amax(0) for part in target.split(sizes)])
+        block = (target, encoder.Metric.of_factor(factor), sizes, books, shares * scale)
+        run = encoder.round_block if target.is_cuda else functools.partial(encoder.round_with, rounding_kernel)
+        first, start = run(*block), time.perf_counter()
+        for _ in range(3):
+            again = run(*block)
+        same = all(torch.equal(part, getattr(again, name)) for name, part in vars(first).items())  # waits for them
+        times[case] = round((time.perf_counter() - start) / 3 * 1e3, 3)
+        rows.append([f"{case} again", 0.0 if same else math.inf])
+    result = {**checked(rows), "warnings": handler.messages, "milliseconds": times}
+    return {**result, "right": result["right"] and not handler.messages}
+
+
+PARTS = {part.__name__: part for part in (numerics, large, graphs, compiled, rounded_blocks)}
 
 
 def main(argv: Iterable[str] | None = None) -> int:

@@ -145,7 +145,7 @@ def zero_results():
 def check_results():
     """The encoder's check before it uses the kernel: whether both paths agree, and whether it sees where not."""
     for columns, group_size in ((16, 16), (32, 16)):
-        both = rounding._errors_of_both(kernel, torch.device("cpu"), columns, group_size)
+        both = rounding.errors_of_both(kernel, torch.device("cpu"), columns, group_size)
         fine = verify._compare("rounding", lambda both=both: both)
         yield {"kind": "check", "case": f"{columns} {group_size}", "ratio": 0.0 if fine else math.inf}
     whole = kernel.round_block
@@ -154,7 +154,7 @@ def check_results():
         return whole(*args[:-1], 0)
 
     kernel.round_block = without_descent
-    both = rounding._errors_of_both(kernel, torch.device("cpu"), 16, 16)
+    both = rounding.errors_of_both(kernel, torch.device("cpu"), 16, 16)
     kernel.round_block = whole
     fine = verify._compare("rounding", lambda: both)
     yield {"kind": "broken", "case": "check without descent", "ratio": 0.0 if fine else math.inf}

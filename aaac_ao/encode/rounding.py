@@ -105,7 +105,7 @@ def round_block(
         return Rounded(*compiled.round_block(target, *parts, SWEEPS))
     kernel = _kernel() if target.is_cuda else None
     if kernel is not None and _is_right(kernel, target.device, len(target), max(sizes)):
-        return _launch(kernel, target, metric, sizes, codebooks, candidates)
+        return round_with(kernel, target, metric, sizes, codebooks, candidates)
     return _round_block(target, metric, sizes, codebooks, candidates)
 
 
@@ -119,7 +119,7 @@ def _kernel() -> ModuleType | None:
     return rounding
 
 
-def _launch(
+def round_with(
     kernel: ModuleType,
     target: torch.Tensor,
     metric: Metric,
@@ -127,6 +127,7 @@ def _launch(
     codebooks: torch.Tensor,
     candidates: torch.Tensor,
 ) -> Rounded:
+    """`round_block` by the module of a kernel."""
     parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates)
     return Rounded(*kernel.round_block(target, *parts, sizes, SWEEPS))
 
@@ -138,10 +139,10 @@ def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size
     tiles = kernel.tiles(columns, group_size)
     columns, group_size = tiles["COLUMNS"], tiles["GROUP"]
     variant = ("rounding", columns, group_size)
-    return verify.fast_is_right(variant, device, lambda: _errors_of_both(kernel, device, columns, group_size))
+    return verify.fast_is_right(variant, device, lambda: errors_of_both(kernel, device, columns, group_size))
 
 
-def _errors_of_both(
+def errors_of_both(
     kernel: ModuleType, device: torch.device, columns: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors of random rows after rounding by the kernel and by PyTorch: [1, 2], as computed here and as returned."""
@@ -156,7 +157,7 @@ def _errors_of_both(
     candidates = torch.stack([scale * share for share in (0.3, 0.4, 0.5, 0.6, 0.7)])
     problem = (target, Metric.of_factor(factor), sizes, books, candidates)
     errors = []
-    for rounded in (_launch(kernel, *problem), _round_block(*problem)):
+    for rounded in (round_with(kernel, *problem), _round_block(*problem)):
         lost = target - rounded.values(books, sizes)
         both = (((problem[1].matrix @ lost) * lost).sum(), rounded.errors.square().sum())
         errors.append(torch.stack(both)[None])
