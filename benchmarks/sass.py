@@ -241,7 +241,7 @@ def compile_rounding(capability: int, columns: int, group_size: int):
     """The kernel that rounds blocks for the encoder, compiled for so many columns in groups of `group_size`."""
     module = kernels("rounding")
     constants = module.tiles(columns, group_size)
-    options = {"num_warps": constants.pop("num_warps"), "any_value": ("N", "B", "groups", "count", "sweeps")}
+    options = {"num_warps": constants.pop("num_warps"), "any_value": (*module.SIZES, *module.INPUTS)}
     return compile_kernel(module.rounding_kernel, capability, "fp32", group_size, constants, **options)
 
 

@@ -99,7 +99,12 @@ def _choose(
     return best // 2, best % 2
 
 
-@triton.jit(do_not_specialize=["N", "B", "groups", "count", "sweeps"])
+#: Arguments of any value and alignment: there is one kernel for each pair of tile sizes, which is the one checked.
+SIZES = ["N", "B", "groups", "count", "sweeps"]
+INPUTS = ["target_ptr", "factor_ptr", "metric_ptr", "root_ptr", "books_ptr", "candidates_ptr"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INPUTS)
 def rounding_kernel(
     target_ptr, factor_ptr, metric_ptr, root_ptr, books_ptr, candidates_ptr, ends_ptr,
     codes_ptr, selector_ptr, scales_ptr, errors_ptr, N, B, groups, count, sweeps,
