@@ -53,7 +53,7 @@ class ScaleFormat:
         if per_tensor_scale is None:
             return scale.clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype).float()
         code = (scale / per_tensor_scale).clamp(E4M3_MIN, E4M3_MAX).to(self.scale_dtype).float()
-        return torch.where(scale > 0, code * per_tensor_scale, torch.zeros_like(scale))
+        return torch.where(scale > 0, code * per_tensor_scale, 0.0)
 
     def neighbours(
         self, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None, count: int, step: float

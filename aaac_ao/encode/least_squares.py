@@ -77,7 +77,7 @@ def fit_scales(
         best = own - slope / curvature.clamp(min=1e-30)
         best = torch.where(best > 0, fmt.round(best.clamp(min=0), per_tensor_scale), own)
         move = best - own
-        helps = (move * (2 * slope + move * curvature) < 0) & (own > 0) & torch.isfinite(best)
-        pull.addmm_(metric[:, part], torch.where(helps, move, torch.zeros_like(move)) * v)
+        helps = (move * torch.add(move * curvature, slope, alpha=2) < 0) & (own > 0)
+        pull.addmm_(metric[:, part], torch.where(helps, move, 0.0) * v)
         scale[group] = torch.where(helps, best, own)
     return scale
