@@ -10,7 +10,7 @@ from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, Statistics, calibrate_
 from aaac_ao.encode import encode
-from aaac_ao.encode.factor import damping, inverse_factor
+from aaac_ao.encode.factor import damping, inverse_factor, inverse_factors
 from aaac_ao.encode.feedback import Grid, Order, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import fit_books, fit_scales
 from aaac_ao.formats import FORMATS
@@ -52,6 +52,19 @@ def test_order_is_group_after_group_by_importance(k, group_size):
     for group, columns in zip(order.groups.tolist(), order.columns.split(order.sizes), strict=True):
         assert set((columns // group_size).tolist()) == {group}
         assert (diagonal[columns].diff() <= 0).all()
+
+
+def test_factors_of_several_matrices_are_those_of_each():
+    """Among them one of zeros and a singular one, which are damped alone."""
+    x = torch.stack([correlated(100, 40) for _ in range(4)])
+    matrices = x.mT @ x / 100
+    matrices[1] = 0
+    matrices[2, :, 7] = matrices[2, 7] = 0
+    columns = torch.arange(40)
+    for factor, matrix in zip(inverse_factors(matrices), matrices, strict=True):
+        assert torch.allclose(factor, inverse_factor(matrix, columns, [40], share=0.0)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be factorised"):
+        inverse_factors(torch.full((2, 8, 8), float("nan")))
 
 
 def plain_feedback(weight, hessian, order, grid, candidates) -> torch.Tensor:
