@@ -92,21 +92,31 @@ def encode_stage(
     Raises:
         ValueError: statistics that cannot be used; the message names the layers.
     """
-    fused = [list(layers)] if options.share_codebooks else [[name] for name in layers]
-    for names in fused:
-        weights = [layers[name].weight.detach() for name in names]
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
-        shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
-        known = [options.metrics.pop(name) for name in names if name in options.metrics]
-        metric = OutputMetric.joined(known) if len(known) == len(names) else None
-        try:
-            encoding = encode(weight, options.config, statistics, shift, metric)
-        except ValueError as error:
-            raise ValueError(f"{', '.join(names)}: {error}") from None
-        report(names[-1], relative_error(encoding, weight, statistics, metric), len(names))
-        for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
-            set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
+    for names in [list(layers)] if options.share_codebooks else [[name] for name in layers]:
+        _encode_together({name: layers[name] for name in names}, statistics, shifts, options, report)
+
+
+def _encode_together(
+    layers: Mapping[str, nn.Module],
+    statistics: Statistics,
+    shifts: OutputShifts | None,
+    options: Options,
+    report: Report,
+) -> None:
+    """Quantise layers of a stage with the same books; nothing of their encoding is left for the next ones to bear."""
+    names, weights = list(layers), [layer.weight.detach() for layer in layers.values()]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
+    shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
+    known = [options.metrics.pop(name) for name in names if name in options.metrics]
+    metric = OutputMetric.joined(known) if len(known) == len(names) else None
+    try:
+        encoding = encode(weight, options.config, statistics, shift, metric)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(names)}: {error}") from None
+    report(names[-1], relative_error(encoding, weight, statistics, metric), len(names))
+    for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
+        set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
 
 
 def relative_error(
@@ -207,6 +217,7 @@ class BlockPass:
         options: how.
         report: hears of every encoded layer.
         folder: keeps finished blocks, or None.
+        restore: give a block its weights back if it fails; else they are let go as soon as nothing needs them.
     """
 
     def __init__(
@@ -217,16 +228,17 @@ class BlockPass:
         options: Options,
         report: Report,
         folder: RunFolder | None = None,
+        restore: bool = True,
     ) -> None:
         self.record, self.observed, self.layers, self.options = record, observed, layers, options
-        self.report, self.folder = report, folder
+        self.report, self.folder, self.restore = report, folder, restore
         self.names = {module: name for name, module in layers.items()}
         self.original = record.hidden
         self.quantised = record.hidden.copy("quantized") if options.propagate == "quantized" else None
         self._changed = False  # whether the two streams differ
 
     def run(self, index: int, block: nn.Module) -> None:
-        """Quantise the layers of a block and move the hidden states behind it; the block is restored if that fails."""
+        """Quantise the layers of a block and move the hidden states behind it."""
         own = {self.names[module]: module for module in block.modules() if module in self.names}
         stages = self.observed.stages_of(set(own))
         originals = {name: module.weight for name, module in own.items()}
@@ -234,11 +246,11 @@ class BlockPass:
         try:
             if finished is not None:
                 self._restore(block, own, *finished)
-                advanced = False
+                self._leave_original(index, block, own, originals)
             elif self.quantised is None:
-                scales, advanced = self._at_once(index, block, own, stages), True
+                scales = self._at_once(index, block, own, stages, originals)
             else:
-                scales, advanced = self._stage_by_stage(index, block, own, stages, originals), False
+                scales = self._stage_by_stage(index, block, own, stages, originals)
             if finished is None and self.folder is not None:
                 self.folder.save(index, scales, {name: module.weight for name, module in own.items()})
         except BaseException:
@@ -246,9 +258,6 @@ class BlockPass:
                 own[name].weight = weight
             raise
         self._changed = self._changed or bool(own)
-        if not advanced:
-            with weights_of(own, originals):
-                self._advance(index, block, self.original)
         if self.quantised is not None:
             self._advance(index, block, self.quantised)
         for calls in self.record.calls:
@@ -261,9 +270,16 @@ class BlockPass:
         return gather(own, self.observed.stages_of(set(own)), full, run)
 
     def _at_once(
-        self, index: int, block: nn.Module, own: dict[str, nn.Module], stages: list[list[str]]
+        self,
+        index: int,
+        block: nn.Module,
+        own: dict[str, nn.Module],
+        stages: list[list[str]],
+        originals: dict[str, nn.Parameter],
     ) -> list[torch.Tensor | None]:
         statistics = means(self.gather(index, block, self.options.full))
+        if not self.restore:
+            originals.clear()
         scales = fold_awq([block], statistics, self.names, self.options.config) if self.options.awq else []
         quantise_stages(own, stages, statistics, self.options, self.report)
         return scales
@@ -287,12 +303,16 @@ class BlockPass:
         for stage in stages:
             layers = {name: own[name] for name in stage}
             found = self._differences(index, block, layers, originals, bases)
+            if stage is stages[-1]:
+                self._leave_original(index, block, own, originals)
             if found is None:
                 logger.warning("%s: no calibration token reaches it any more; left as it is", ", ".join(stage))
                 continue
             encode_stage(layers, *found, self.options, self.report)
             del found
             self._changed = True
+        if not stages:
+            self._leave_original(index, block, own, originals)
         return scales
 
     def _differences(
@@ -335,6 +355,15 @@ class BlockPass:
                 "infinite or huge inputs; this block is as it was"
             )
         return sums.statistics(in_place=True), shifts
+
+    def _leave_original(
+        self, index: int, block: nn.Module, own: dict[str, nn.Module], originals: dict[str, nn.Parameter]
+    ) -> None:
+        """Move the hidden states of the original model behind the block: nothing runs its original weights again."""
+        with weights_of(own, originals):
+            self._advance(index, block, self.original)
+        if not self.restore:
+            originals.clear()
 
     def _restore(
         self,

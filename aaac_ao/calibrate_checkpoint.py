@@ -120,7 +120,7 @@ def calibrate_checkpoint(
                     report_coverage(observed, layers, strict)
                     layers = {name: module for name, module in layers.items() if observed.tokens[name]}
                     # the look has moved the hidden states on; those before the first block are cheap to have again
-                    block_pass = BlockPass(calls(), observed, layers, options, report, folder)
+                    block_pass = BlockPass(calls(), observed, layers, options, report, folder, restore=False)
                     for index, block in enumerate(blocks):
                         with disk.loaded(block):
                             block_pass.run(index, block)

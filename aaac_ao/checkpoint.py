@@ -169,12 +169,15 @@ class ModelOnDisk:
         prefixes = tuple(self._names[part] + "." for part in parts)
         return {stored for stored, names in self._tied.items() if not all(name.startswith(prefixes) for name in names)}
 
-    def load(self, stored_names: Iterable[str]) -> None:
-        """Give values to tensors of the model; tied ones stay tied."""
+    def load(self, stored_names: Iterable[str], copy: bool = False) -> None:
+        """Give values to tensors of the model; tied ones stay tied.
+
+        A copy is gone with its tensor; what is mapped stays in memory until the last tensor of the file is gone.
+        """
         for stored, tensor in self.source.read(stored_names):
             slots = [(self._modules[prefix], leaf) for prefix, _, leaf in map(_split, self._tied[stored])]
             module, leaf = slots[0]
-            tensor = tensor.to(self.device, getattr(module, leaf).dtype)
+            tensor = tensor.to(self.device, getattr(module, leaf).dtype, copy=copy)
             value = nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
             for module, leaf in slots:
                 (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value
@@ -183,7 +186,7 @@ class ModelOnDisk:
     def loaded(self, part: nn.Module) -> Iterator[None]:
         """Give values to a part of the model, and take whatever is there by then away again at the end."""
         try:
-            self.load(self._tied.keys() - self.outside([part]))
+            self.load(self._tied.keys() - self.outside([part]), copy=True)
             yield
         finally:
             _empty(part.modules())
