@@ -92,8 +92,10 @@ def encode_stage(
     Raises:
         ValueError: statistics that cannot be used; the message names the layers.
     """
-    for names in [list(layers)] if options.share_codebooks else [[name] for name in layers]:
-        _encode_together({name: layers[name] for name in names}, statistics, shifts, options, report)
+    fused = [list(layers)] if options.share_codebooks else [[name] for name in layers]
+    for names in fused:
+        together = {name: layers[name] for name in names}
+        _encode_together(together, statistics, shifts, options, report, names is fused[-1])
 
 
 def _encode_together(
@@ -102,6 +104,7 @@ def _encode_together(
     shifts: OutputShifts | None,
     options: Options,
     report: Report,
+    final: bool,
 ) -> None:
     """Quantise layers of a stage with the same books; nothing of their encoding is left for the next ones to bear."""
     names, weights = list(layers), [layer.weight.detach() for layer in layers.values()]
@@ -111,7 +114,7 @@ def _encode_together(
     known = [options.metrics.pop(name) for name in names if name in options.metrics]
     metric = OutputMetric.joined(known) if len(known) == len(names) else None
     try:
-        encoding = encode(weight, options.config, statistics, shift, metric)
+        encoding = encode(weight, options.config, statistics, shift, metric, final)
     except ValueError as error:
         raise ValueError(f"{', '.join(names)}: {error}") from None
     report(names[-1], relative_error(encoding, weight, statistics, metric), len(names))

@@ -24,7 +24,7 @@ from aaac_ao.packing import ceil_div
 SAMPLE_WEIGHTS = 1 << 19
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
 #: result; accelerators, where every launch costs, take 16 times as many.
-CHUNK_WEIGHTS = 1 << 17
+CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
@@ -87,6 +87,7 @@ def encode(
     statistics: Statistics | None = None,
     output_shift: torch.Tensor | None = None,
     output_metric: OutputMetric | None = None,
+    final: bool = False,
 ) -> Encoding:
     """Quantise a weight [out_features, in_features] with two books.
 
@@ -111,6 +112,7 @@ def encode(
             overwritten.
         output_metric: M [out_features, out_features] of the outputs, for second-order rounding, whose objective
             becomes tr(M E H E^T) with E = w - q.
+        final: nothing else will be encoded with these statistics, so that what is derived from them need not be kept.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
@@ -127,10 +129,10 @@ def encode(
     second_order = statistics.second_order(config.group_size)
     target = second_order.target(weight, output_shift)
     start = _first_order(target, _importance_of(second_order.importance, config), config)
-    encoding, before = second_order.refine(target, start, config, output_metric)
+    encoding, before = second_order.refine(target, start, config, output_metric, final)
     if bool(encoding.error > CLEAR_GAIN * before):
         # little was gained: the start for the diagonal alone may have been as good
-        plain, _ = second_order.refine(target, _first_order(target, importance, config), config, output_metric)
+        plain, _ = second_order.refine(target, _first_order(target, importance, config), config, output_metric, final)
         encoding = plain if bool(plain.error < encoding.error) else encoding
     return encoding
 

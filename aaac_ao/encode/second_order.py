@@ -46,7 +46,8 @@ CHUNK_WEIGHTS = 1 << 19
 class SecondOrder:
     """What depends on the inputs of a layer alone, computed once for all layers that share them.
 
-    Holds half a matrix besides H. While a weight is worked on, H's diagonal is changed for some of the time.
+    Holds half a matrix besides H until `forget_factor`, and again if it is asked for. While a weight is worked on, H's
+    diagonal is changed for some of the time.
 
     Args:
         hessian: [K, K] fp32, E[x x^T].
@@ -63,13 +64,24 @@ class SecondOrder:
     def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
         self.hessian = hessian
         self.order = Order.of_importance(hessian.diagonal(), group_size)
-        self.factor = inverse_factor(hessian, self.order.columns, self.order.blocks(group_size))
+        self.group_size, self._factor = group_size, None
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
         remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
         with self._damped():
             self.metrics = block_metrics(hessian, group_size)
         self.importance = (remaining * (hessian.diagonal() + self.damping)).sqrt()
+
+    @property
+    def factor(self) -> list[torch.Tensor]:
+        """The upper Cholesky factor of the inverse of H, both in `order`, in panels; see `inverse_factor`."""
+        if self._factor is None:
+            self._factor = inverse_factor(self.hessian, self.order.columns, self.order.blocks(self.group_size))
+        return self._factor
+
+    def forget_factor(self) -> None:
+        """Free the factor until it is needed again."""
+        self._factor = None
 
     @contextmanager
     def _damped(self) -> Iterator[torch.Tensor]:
@@ -104,7 +116,12 @@ class SecondOrder:
         return output_shift
 
     def refine(
-        self, weight: torch.Tensor, start: Encoding, config: AAACConfig, output_metric: OutputMetric | None = None
+        self,
+        weight: torch.Tensor,
+        start: Encoding,
+        config: AAACConfig,
+        output_metric: OutputMetric | None = None,
+        final: bool = False,
     ) -> tuple[Encoding, torch.Tensor]:
         """Improve on an encoding under the full H.
 
@@ -113,6 +130,7 @@ class SecondOrder:
             start: an encoding of it.
             config: settings; learned books are fitted anew, scales if `scale_search` is on.
             output_metric: of the outputs; without one all matter alike.
+            final: no other weight will need the factor: it is freed before H is worked with.
 
         Returns:
             An encoding that is not worse, with its error under H and the metric, and the error of the start, fp64 0-D.
@@ -126,9 +144,10 @@ class SecondOrder:
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
 
-        def first(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            around = _candidates(start, config, *FEEDBACK_SCALES)
-            grid, codes = feedback(w, self.order, self.factor, grid, around, panels)
+        def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+            return feedback(w, self.order, self.factor, grid, _candidates(start, config, *FEEDBACK_SCALES), panels)
+
+        def back(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             around = _candidates(start, config, *DESCENT_SCALES)
             with self._damped() as hessian:
                 return descend(w, hessian, grid, codes, around, self.metrics, refit)
@@ -138,11 +157,21 @@ class SecondOrder:
             with self._damped() as hessian:
                 return descend(w, hessian, grid, codes, around, self.metrics, refit, LAST_PASSES)
 
-        rounded = _by_rows(rows, start, config, first)
+        parts = {name: getattr(start, name).clone() for name in ("codes", "selector", "scale")}
+        rounded = dataclasses.replace(start, **parts)
+        if output_metric is None:
+            _by_rows(rows, rounded, config, forward)
+        else:  # a chunk hears of the errors that are left after both
+            _by_rows(rows, rounded, config, lambda w, grid, codes: back(w, *forward(w, grid, codes)))
+        if final:
+            self.forget_factor()
+        if output_metric is None:
+            _by_rows(rows, rounded, config, back)
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
         rows.again(lambda some: _values(rounded, some, config))
-        rounded = self._with_error(weight, _by_rows(rows, rounded, config, last), config, output_metric)
+        _by_rows(rows, rounded, config, last)
+        rounded = self._with_error(weight, rounded, config, output_metric)
         return rounded if bool(rounded.error < start.error) else start, start.error
 
     def _with_error(
@@ -156,7 +185,7 @@ class SecondOrder:
         return dataclasses.replace(encoding, error=error)
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
-        """The same choices with books by least squares, as they are stored."""
+        """The same choices with books by least squares, as they are stored; its codes are overwritten."""
         sample = slice(None, None, ceil_div(weight.numel(), SAMPLE_WEIGHTS))
         grid = _grid_of(encoding, sample, config)
         with self._damped() as hessian:
@@ -165,10 +194,9 @@ class SecondOrder:
         if not bool(torch.isfinite(books).all()):
             return encoding
         rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
-        codes = torch.empty_like(encoding.codes)
         for rows in _rows(weight).chunks():
-            codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
-        return dataclasses.replace(encoding, codes=codes, codebooks=books)
+            encoding.codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
+        return dataclasses.replace(encoding, codebooks=books)
 
 
 def _by_rows(
@@ -176,15 +204,14 @@ def _by_rows(
     encoding: Encoding,
     config: AAACConfig,
     step: Callable[[torch.Tensor, Grid, torch.Tensor], tuple[Grid, torch.Tensor]],
-) -> Encoding:
-    """Apply a step to transposed chunks of rows."""
-    codes, selector, scale = (torch.empty_like(part) for part in (encoding.codes, encoding.selector, encoding.scale))
+) -> None:
+    """Apply a step to transposed chunks of rows of an encoding, in place."""
+    codes, selector, scale = encoding.codes, encoding.selector, encoding.scale
     for rows in rows_in_turn.chunks():
         w, own = rows_in_turn.target(rows).t().contiguous(), encoding.codes[rows].t().contiguous()
         grid, new = step(w, _grid_of(encoding, rows, config), own)
         codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
         rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
-    return dataclasses.replace(encoding, codes=codes, selector=selector, scale=scale)
 
 
 def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float) -> Candidates:
