@@ -19,6 +19,7 @@ from torch import nn
 
 from aaac_ao.awq import find_pairs, fold, scaled, search_scale
 from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks, input_of, residual_bases
+from aaac_ao.checkpoint import hand_back_memory
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, OutputMetric, Statistics, encode, output_error
 from aaac_ao.first_pass import LayerRecord
@@ -281,8 +282,7 @@ class BlockPass:
         originals: dict[str, nn.Parameter],
     ) -> list[torch.Tensor | None]:
         statistics = means(self.gather(index, block, self.options.full))
-        if not self.restore:
-            originals.clear()
+        self._let_go(originals)
         scales = fold_awq([block], statistics, self.names, self.options.config) if self.options.awq else []
         quantise_stages(own, stages, statistics, self.options, self.report)
         return scales
@@ -314,6 +314,8 @@ class BlockPass:
             encode_stage(layers, *found, self.options, self.report)
             del found
             self._changed = True
+            if not self.restore:
+                hand_back_memory()
         if not stages:
             self._leave_original(index, block, own, originals)
         return scales
@@ -365,8 +367,12 @@ class BlockPass:
         """Move the hidden states of the original model behind the block: nothing runs its original weights again."""
         with weights_of(own, originals):
             self._advance(index, block, self.original)
+        self._let_go(originals)
+
+    def _let_go(self, originals: dict[str, nn.Parameter]) -> None:
         if not self.restore:
             originals.clear()
+            hand_back_memory()
 
     def _restore(
         self,

@@ -9,6 +9,9 @@ from torch import nn
 
 from aaac_ao.moments import in_chunks
 
+#: fp32 copies of weights are made of about this many at a time.
+_CHUNK_WEIGHTS = 1 << 18
+
 
 class OutputShifts:
     """How far the outputs y of layers with one input x should move: E[(y' - y) x^T] of each, from sums over tokens.
@@ -45,14 +48,15 @@ class OutputShifts:
             start = 0
             for x0, x in zip(*(in_chunks(part.flatten(0, -2)) for part in (x_then, x_now)), strict=True):
                 tokens, x = slice(start, start + len(x)), x.float()
-                difference = x0.float() - x
+                difference = x0.to(torch.float32, copy=True).sub_(x)
                 start = tokens.stop
                 if self._shift is not None:
                     self._shift.addmm_(difference.t(), x)
                 for name, total in self._sums.items():
                     if self._shift is None:
                         weight = self._layers[name].weight.detach()
-                        for rows, part in zip(in_chunks(weight), in_chunks(total), strict=True):
+                        split = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+                        for rows, part in zip(weight.split(split), total.split(split), strict=True):
                             part.addmm_((difference @ rows.float().t()).t(), x)
                     if name in self._bases:
                         streams = (part[self._bases[name]][0].flatten(0, -2)[tokens].float() for part in (then, now))

@@ -11,6 +11,9 @@ import torch
 from aaac_ao.encode.nearest import BINS, NearestTable
 from aaac_ao.encode.scales import reciprocal
 
+#: Errors and moved masses are made of about this many weights at a time, on the CPU.
+_CHUNK_WEIGHTS = 1 << 17
+
 
 def lloyd(
     u: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, codebooks: torch.Tensor, iterations: int
@@ -28,23 +31,38 @@ def lloyd(
         The books [2, 16], each ascending.
     """
     table = NearestTable(codebooks, top=1.0)
-    bins, weights = table.bins(u).flatten(0, 1), importance.expand_as(u).flatten(0, 1)
-    mass = _integer_masses(importance, scale)
+    bins, mass = table.bins(u), _integer_masses(importance, scale)
     # what each book owns, by bins: only groups that change their book change it
-    book = torch.zeros(len(bins), dtype=torch.bool, device=u.device)
+    book = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
     histogram = torch.zeros(2, BINS, dtype=torch.float64, device=u.device)
-    histogram[0].index_add_(0, bins.view(-1), mass.view(-1).double())
+    rows = max(1, _CHUNK_WEIGHTS // importance.numel())
+    chunks = list(zip(*(whole.split(rows) for whole in (bins, mass, book)), strict=True))
+    for own_bins, own_mass, _ in chunks:
+        histogram[0].index_add_(0, own_bins.view(-1), own_mass.view(-1).double())
     for _ in range(iterations):
-        errors = table.group_errors(bins, weights)
-        chosen = errors[1] < errors[0]
-        changed = torch.nonzero(chosen != book).squeeze(1)
-        moved = mass[changed].double() * torch.where(chosen[changed], 1, -1)[:, None]
-        gained = torch.zeros_like(histogram[0]).index_add_(0, bins[changed].view(-1), moved.view(-1))
-        histogram += torch.stack([-gained, gained])
-        book = chosen
+        for chunk in chunks:
+            _choose_again(*chunk, table, importance, histogram)
         codebooks = _weighted_means(histogram.long(), table, codebooks)
         table = NearestTable(codebooks, top=1.0)
     return codebooks
+
+
+def _choose_again(
+    bins: torch.Tensor,
+    mass: torch.Tensor,
+    book: torch.Tensor,
+    table: NearestTable,
+    importance: torch.Tensor,
+    histogram: torch.Tensor,
+) -> None:
+    """Choose the better book for every group of some rows, in place, and move their mass in the histogram."""
+    errors = table.group_errors(bins, importance)
+    chosen = errors[1] < errors[0]
+    changed = chosen != book
+    moved = mass[changed].double().mul_(torch.where(chosen[changed], 1, -1)[:, None])
+    gained = torch.zeros_like(histogram[0]).index_add_(0, bins[changed].view(-1), moved.view(-1))
+    histogram += torch.stack([-gained, gained])
+    book.copy_(chosen)
 
 
 def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: torch.Tensor) -> torch.Tensor:
@@ -59,11 +77,11 @@ def _weighted_means(histogram: torch.Tensor, table: NearestTable, codebooks: tor
 
 
 def _integer_masses(importance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The mass h s^2 of every weight as whole numbers [rows * groups, group_size] whose sum is below 2^48.
+    """The mass h s^2 of every weight as whole numbers [rows, groups, group_size] whose sum is below 2^48.
 
     fp64 adds them exactly, and so no order of summation can show.
     """
     relative = (scale * reciprocal(scale.max())).square()[..., None]
-    mass = (importance * reciprocal(importance.max()) * relative).flatten(0, 1)
+    mass = importance * reciprocal(importance.max()) * relative
     largest = mass.max().clamp(min=1e-20)
     return mass.mul_(2.0**48 / (mass.numel() * largest)).round_()

@@ -47,7 +47,7 @@ class ScaleTable:
         midpoints = (entries[..., 1:] + entries[..., :-1]) / 2
         ends = torch.nn.functional.pad((midpoints * (BINS / 2) + BINS / 2).round_().clamp_(0, BINS), (1, 0))
         owned = torch.diff(ends, append=torch.full_like(ends[..., :1], BINS)).long()
-        nearest = torch.repeat_interleave(entries.view(-1), owned.view(-1), output_size=owned[..., 0].numel() * BINS)
+        nearest = torch.cat([_repeated(*part) for part in zip(entries.split(8), owned.split(8), strict=True)])
         centers = bin_centers(1.0, codebooks.device)
         distances = nearest.view(-1, BINS).sub_(centers).abs_()
         if lower_bounds:
@@ -62,6 +62,11 @@ class ScaleTable:
         """Weighted errors [rows, groups, ratios, books], in squared units of each group."""
         bins = bins_of(groups * reciprocal(unit)[..., None], 1.0)
         return weighted_sums(bins, importance, self.squared).unflatten(-1, (-1, self.books))
+
+
+def _repeated(entries: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Every entry [ratios, books, 16] as often as it is counted, `BINS` times for each book; takes int64 indices."""
+    return torch.repeat_interleave(entries.flatten(), counts.flatten(), output_size=counts[..., 0].numel() * BINS)
 
 
 def search_scales(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,8 +68,6 @@ class SecondOrder:
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
         remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
-        with self._damped():
-            self.metrics = block_metrics(hessian, group_size)
         self.importance = (remaining * (hessian.diagonal() + self.damping)).sqrt()
 
     @property
@@ -82,6 +80,12 @@ class SecondOrder:
     def forget_factor(self) -> None:
         """Free the factor until it is needed again."""
         self._factor = None
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """What descent needs of the blocks on the diagonal of H."""
+        with self._damped():
+            return block_metrics(self.hessian, self.group_size)
 
     @contextmanager
     def _damped(self) -> Iterator[torch.Tensor]:
@@ -148,14 +152,14 @@ class SecondOrder:
             return feedback(w, self.order, self.factor, grid, _candidates(start, config, *FEEDBACK_SCALES), panels)
 
         def back(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            around = _candidates(start, config, *DESCENT_SCALES)
+            metrics, around = self.metrics, _candidates(start, config, *DESCENT_SCALES)
             with self._damped() as hessian:
-                return descend(w, hessian, grid, codes, around, self.metrics, refit)
+                return descend(w, hessian, grid, codes, around, metrics, refit)
 
         def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            around = _candidates(start, config, *LAST_SCALES)
+            metrics, around = self.metrics, _candidates(start, config, *LAST_SCALES)
             with self._damped() as hessian:
-                return descend(w, hessian, grid, codes, around, self.metrics, refit, LAST_PASSES)
+                return descend(w, hessian, grid, codes, around, metrics, refit, LAST_PASSES)
 
         parts = {name: getattr(start, name).clone() for name in ("codes", "selector", "scale")}
         rounded = dataclasses.replace(start, **parts)
