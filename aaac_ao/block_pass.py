@@ -19,10 +19,10 @@ from torch import nn
 
 from aaac_ao.awq import find_pairs, fold, scaled, search_scale
 from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks, input_of, residual_bases
-from aaac_ao.checkpoint import hand_back_memory
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, OutputMetric, Statistics, encode, output_error
 from aaac_ao.first_pass import LayerRecord
+from aaac_ao.heap import hand_back_memory
 from aaac_ao.moments import InputSums
 from aaac_ao.resume import RunFolder
 from aaac_ao.shifts import OutputShifts
@@ -250,7 +250,7 @@ class BlockPass:
         try:
             if finished is not None:
                 self._restore(block, own, *finished)
-                self._leave_original(index, block, own, originals)
+                self._leave_original(index, block, originals)
             elif self.quantised is None:
                 scales = self._at_once(index, block, own, stages, originals)
             else:
@@ -305,19 +305,17 @@ class BlockPass:
             bases = residual_bases(block, lambda: self._call(self.original, 0, index, block), own)
         for stage in stages:
             layers = {name: own[name] for name in stage}
-            found = self._differences(index, block, layers, originals, bases)
-            if stage is stages[-1]:
-                self._leave_original(index, block, own, originals)
+            found = self._differences(index, block, layers, originals, bases, last=stage is stages[-1])
             if found is None:
                 logger.warning("%s: no calibration token reaches it any more; left as it is", ", ".join(stage))
                 continue
+            hand_back_memory()
             encode_stage(layers, *found, self.options, self.report)
             del found
+            hand_back_memory()
             self._changed = True
-            if not self.restore:
-                hand_back_memory()
         if not stages:
-            self._leave_original(index, block, own, originals)
+            self._leave_original(index, block, originals)
         return scales
 
     def _differences(
@@ -327,22 +325,51 @@ class BlockPass:
         layers: dict[str, nn.Module],
         originals: dict[str, nn.Parameter],
         bases: dict[str, nn.Module],
+        last: bool,
     ) -> tuple[Statistics, OutputShifts | None] | None:
         """Statistics of a stage in the quantised stream, and how far its layers' outputs should move.
 
-        None if nothing reaches it. The second part is None where the streams do not differ or cannot be compared.
+        None if nothing reaches it. The second part is None where the streams do not differ or cannot be compared. With
+        the last stage the original stream moves behind the block.
+        """
+        shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
+        apart = last and shifts is not None and not self.restore
+        if apart:  # one more pass, but the original weights are gone before there is a Hessian
+            shifts = self._compare(index, block, layers, originals, None, shifts)
+            self._leave_original(index, block, originals)
+        first = next(iter(layers.values()))
+        sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
+        others = self._compare(index, block, layers, originals, sums, None if apart else shifts)
+        if last and not apart:
+            self._leave_original(index, block, originals)
+        if int(sums.tokens) == 0:
+            return None
+        return sums.statistics(in_place=True), shifts if apart else others
+
+    def _compare(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: dict[str, nn.Module],
+        originals: dict[str, nn.Parameter],
+        sums: InputSums | None,
+        shifts: OutputShifts | None,
+    ) -> OutputShifts | None:
+        """Add what a stage sees to the sums, and how it differs to the shifts; these, or None if it cannot be told.
+
+        Raises:
+            ValueError: inputs in the quantised stream that are not finite.
         """
         names, first = list(layers), next(iter(layers.values()))
-        sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
-        shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
         sites = {first} if shifts is None else {first, *shifts.sites}
         until = None if names[0] in self.observed.repeated else first
         finite = []
         for batch in range(len(self.original)):
             now = captured_inputs(lambda: self._call(self.quantised, batch, index, block), sites, until)  # noqa: B023
-            for x in now[first]:
-                sums.add(x)
-            finite.append(torch.isfinite(sums.squares.sum()))
+            if sums is not None:
+                for x in now[first]:
+                    sums.add(x)
+                finite.append(torch.isfinite(sums.squares.sum()))
             if shifts is None:
                 continue
             with weights_of(self.layers, originals):
@@ -351,28 +378,24 @@ class BlockPass:
                 shifts.add(then, now)
             else:
                 shifts = None  # tokens are routed differently
-        if int(sums.tokens) == 0:
-            return None
-        if not bool(finite[-1]):
+        if finite and not bool(finite[-1]):
             bad = [bool(good) for good in finite].index(False)
             raise ValueError(
                 f"{', '.join(names)}: after the layers before it were quantised, calibration batch {bad} gives it NaN, "
                 "infinite or huge inputs; this block is as it was"
             )
-        return sums.statistics(in_place=True), shifts
+        return shifts
 
-    def _leave_original(
-        self, index: int, block: nn.Module, own: dict[str, nn.Module], originals: dict[str, nn.Parameter]
-    ) -> None:
+    def _leave_original(self, index: int, block: nn.Module, originals: dict[str, nn.Parameter]) -> None:
         """Move the hidden states of the original model behind the block: nothing runs its original weights again."""
-        with weights_of(own, originals):
+        with weights_of(self.layers, originals):
             self._advance(index, block, self.original)
         self._let_go(originals)
 
     def _let_go(self, originals: dict[str, nn.Parameter]) -> None:
         if not self.restore:
             originals.clear()
-            hand_back_memory()
+        hand_back_memory()
 
     def _restore(
         self,

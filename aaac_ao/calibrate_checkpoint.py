@@ -22,7 +22,7 @@ from tqdm import tqdm
 from aaac_ao.block_pass import BlockPass, Options, Report
 from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of, hooks
 from aaac_ao.calibrate import FilterFn, reporting, selected_layers
-from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint, hand_back_memory, map_large_tensors
+from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint
 from aaac_ao.config import AAACConfig
 from aaac_ao.first_pass import (
     Batch,
@@ -34,6 +34,7 @@ from aaac_ao.first_pass import (
     report_coverage,
     run_batch,
 )
+from aaac_ao.heap import hand_back_memory, map_large_tensors
 from aaac_ao.hidden import StateCache, hidden_directory
 from aaac_ao.output import OutputFolder, check_output
 from aaac_ao.resume import fingerprint

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
+from aaac_ao.heap import hand_back_memory
+
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -190,6 +188,7 @@ class ModelOnDisk:
             yield
         finally:
             _empty(part.modules())
+            hand_back_memory()
 
     @contextmanager
     def loaded_outside(self, parts: Iterable[nn.Module]) -> Iterator[None]:
@@ -199,6 +198,7 @@ class ModelOnDisk:
             yield
         finally:
             _empty(self.model.modules())
+            hand_back_memory()
 
     def state_of(self, part: nn.Module) -> dict[str, torch.Tensor]:
         """The present tensors of a part on the CPU, under their full names."""
@@ -222,23 +222,6 @@ def _empty(modules: Iterable[nn.Module]) -> None:
         for leaf, value in module._parameters.items():
             if value is not None and not value.is_meta:
                 module._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
-
-
-def map_large_tensors() -> None:
-    """From now on let glibc map tensors of 1 MiB and more, which go back to the system when they are freed.
-
-    By itself it soon keeps all that is freed below 32 MiB for later, in holes that other tensors do not fit in. Smaller
-    tensors stay in its heap, as pages cost time whenever they are new.
-    """
-    if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        _LIBC.mallopt(_M_TRIM_THRESHOLD, 4 << 20)  # else it gives back the top of the heap with every free
-
-
-def hand_back_memory() -> None:
-    """Let glibc give freed memory back to the system, of which it else keeps more and more pieces."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 def _split(name: str) -> tuple[str, str, str]:

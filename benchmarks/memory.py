@@ -30,7 +30,7 @@ from aaac_ao import AAACConfig, block_pass, calibrate_, calibrate_checkpoint
 from aaac_ao.blocks import find_blocks
 
 #: hidden_size, intermediate_size and number of blocks
-SIZES = {"in memory": (512, 3072, 2), "on disk": (1024, 2816, 24), "on disk, gptq": (1024, 2816, 2)}
+SIZES = {"in memory": (512, 3072, 2), "on disk": (1024, 2816, 24)}
 VOCABULARY, HEAD_SIZE = 8192, 64
 MB = 1 << 20
 
@@ -168,7 +168,7 @@ def run_in_memory(rounding: str, propagate: str, tokens: int, batches: int, devi
     return {**sizes, **meter.peaks}
 
 
-def run_on_disk(kind: str, rounding: str, tokens: int, device: str) -> dict[str, float]:
+def run_on_disk(rounding: str, tokens: int, device: str) -> dict[str, float]:
     """One run of `calibrate_checkpoint`; sizes in bytes."""
     config = AAACConfig(format="nvfp4", rounding=rounding)
     propagate = "original" if rounding == "nearest" else "quantized"
@@ -176,8 +176,8 @@ def run_on_disk(kind: str, rounding: str, tokens: int, device: str) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="aaac-memory-") as folder:
         source = Path(folder) / "source"
         source.mkdir()
-        write_checkpoint(source, *SIZES[kind])
-        block = model_of(*SIZES[kind][:2], 1)
+        write_checkpoint(source, *SIZES["on disk"])
+        block = model_of(*SIZES["on disk"][:2], 1)
         sizes = {
             "block": sum(2 * p.numel() for p in find_blocks(block)[0].parameters()),
             "embeddings": sum(2 * e.weight.numel() for e in (block.get_input_embeddings(), block.lm_head)),
@@ -231,14 +231,14 @@ def in_memory_row(rounding: str, propagate: str, tokens: int, batches: int, devi
     }
 
 
-def on_disk_row(kind: str, rounding: str, tokens: int, device: str) -> dict[str, Any]:
+def on_disk_row(rounding: str, tokens: int, device: str) -> dict[str, Any]:
     """A row of the second table."""
-    run = in_process("run_on_disk", kind, rounding, tokens, device)
+    run = in_process("run_on_disk", rounding, tokens, device)
     bound = 2.5 * run["block"] + run["embeddings"]
     return {
         "rounding": rounding,
         "model": run["model"],
-        "blocks": SIZES[kind][2],
+        "blocks": SIZES["on disk"][2],
         "block": run["block"],
         "embeddings": run["embeddings"],
         "statistics": run["statistics"],
@@ -272,8 +272,7 @@ def main() -> None:
         print(f"\ncalibrate_ on {device}, MB above the model itself:\n")
         print(tabulate(rows, headers="keys", floatfmt=".0f", tablefmt="github"))
     if arguments.only != "memory":
-        cases = [("on disk", "nearest"), ("on disk, gptq", "gptq")]
-        rows = [on_disk_row(*case, 256, device) for case in cases]
+        rows = [on_disk_row(rounding, 256, device) for rounding in ("nearest", "gptq")]
         print(f"\ncalibrate_checkpoint with blocks on {device}, MB of main memory above the interpreter:\n")
         print(tabulate(rows, headers="keys", floatfmt=".0f", tablefmt="github"))
 

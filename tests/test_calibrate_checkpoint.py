@@ -362,7 +362,7 @@ def test_the_memory_benchmark_measures(tmp_path, monkeypatch):
     memory.write_checkpoint(tmp_path, 128, 192, 3)
     assert len(load_model(tmp_path).model.layers) == 3
     assert all(value >= 0 for value in memory.run_in_memory("gptq", "quantized", 64, 2, "cpu").values())
-    assert memory.run_on_disk("on disk", "nearest", 16, "cpu")["block"] > 200_000
+    assert memory.run_on_disk("nearest", 16, "cpu")["block"] > 200_000
     meter = memory.Meter("cpu")
     held = torch.ones(25 << 20)
     meter.take("gathering")

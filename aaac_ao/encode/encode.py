@@ -5,6 +5,7 @@ Pure numerics on plain tensors, on any device; knows nothing of torchao. The ste
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from aaac_ao.encode.rows import OutputMetric
 from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
 from aaac_ao.encode.second_order import SecondOrder
 from aaac_ao.formats import E4M3_MAX
+from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
 
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
@@ -128,11 +130,20 @@ def encode(
     _check_second_order(statistics, output_shift, output_metric, weight)
     second_order = statistics.second_order(config.group_size)
     target = second_order.target(weight, output_shift)
-    start = _first_order(target, _importance_of(second_order.importance, config), config)
-    encoding, before = second_order.refine(target, start, config, output_metric, final)
+    if final:  # the first-order encoder does without the factor, which takes less time than rounding with it
+        second_order.forget_factor()
+
+    def refined(importance: torch.Tensor) -> tuple[Encoding, torch.Tensor]:
+        start = _first_order(target, importance, config)
+        better, before = second_order.refine(target, start, config, output_metric, final)
+        if better is None:
+            better = dataclasses.replace(_first_order(target, importance, config), error=before)
+        return better, before
+
+    encoding, before = refined(_importance_of(second_order.importance, config))
     if bool(encoding.error > CLEAR_GAIN * before):
         # little was gained: the start for the diagonal alone may have been as good
-        plain, _ = second_order.refine(target, _first_order(target, importance, config), config, output_metric, final)
+        plain, _ = refined(importance)
         encoding = plain if bool(plain.error < encoding.error) else encoding
     return encoding
 
@@ -267,7 +278,9 @@ def _best_encoding(groups: _Groups, importance: torch.Tensor, config: AAACConfig
     """With the fixed pair that is asked for, or with the best of the learned and all fixed ones."""
     if config.codebooks != "learned":
         return _assign(groups, importance, _fixed(groups, importance, config, config.codebooks), config)
-    best = _assign(groups, importance, _learned(groups, importance, config), config)
+    learned = _learned(groups, importance, config)
+    hand_back_memory()
+    best = _assign(groups, importance, learned, config)
     for name, bound in zip(FIXED_CODEBOOKS, _lower_bounds(groups, importance, config), strict=True):
         if bound < float(best.error):
             rival = _assign(groups, importance, _fixed(groups, importance, config, name), config)

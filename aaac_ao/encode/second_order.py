@@ -26,6 +26,7 @@ from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, desc
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
 from aaac_ao.encode.rounding import Metric
 from aaac_ao.encode.rows import CoupledRows, OutputMetric, Rows, output_error
+from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ LAST_PASSES = 3
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
 #: accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 19
+#: Columns whose codes are replaced at a time; a multiple of every group.
+_CHUNK_COLUMNS = 128
 
 
 class SecondOrder:
@@ -64,7 +67,7 @@ class SecondOrder:
     def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
         self.hessian = hessian
         self.order = Order.of_importance(hessian.diagonal(), group_size)
-        self.group_size, self._factor = group_size, None
+        self.group_size, self._factor = group_size, []
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
         remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
@@ -73,13 +76,16 @@ class SecondOrder:
     @property
     def factor(self) -> list[torch.Tensor]:
         """The upper Cholesky factor of the inverse of H, both in `order`, in panels; see `inverse_factor`."""
-        if self._factor is None:
-            self._factor = inverse_factor(self.hessian, self.order.columns, self.order.blocks(self.group_size))
+        if not self._factor:
+            hand_back_memory()
+            self._factor += inverse_factor(self.hessian, self.order.columns, self.order.blocks(self.group_size))
+            hand_back_memory()
         return self._factor
 
     def forget_factor(self) -> None:
-        """Free the factor until it is needed again."""
-        self._factor = None
+        """Free the panels of the factor until they are needed again."""
+        self._factor.clear()
+        hand_back_memory()
 
     @cached_property
     def metrics(self) -> list[Metric]:
@@ -126,30 +132,31 @@ class SecondOrder:
         config: AAACConfig,
         output_metric: OutputMetric | None = None,
         final: bool = False,
-    ) -> tuple[Encoding, torch.Tensor]:
+    ) -> tuple[Encoding | None, torch.Tensor]:
         """Improve on an encoding under the full H.
 
         Args:
             weight: [N, K] of any float dtype, the target.
-            start: an encoding of it.
+            start: an encoding of it, which is overwritten.
             config: settings; learned books are fitted anew, scales if `scale_search` is on.
             output_metric: of the outputs; without one all matter alike.
             final: no other weight will need the factor: it is freed before H is worked with.
 
         Returns:
-            An encoding that is not worse, with its error under H and the metric, and the error of the start, fp64 0-D.
+            A better encoding, or None, and the error of the start, fp64 0-D, both errors under H and the metric.
         """
-        start = self._with_error(weight, start, config, output_metric)
+        start, factor = self._with_error(weight, start, config, output_metric), self.factor
         if output_metric is None:
             rows, panels = _rows(weight), None
         else:  # many small chunks, which would each compute the metrics
-            rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in self.factor]
+            rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in factor]
 
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            return feedback(w, self.order, self.factor, grid, _candidates(start, config, *FEEDBACK_SCALES), panels)
+            hand_back_memory()  # both H and its factor are alive: this is when most is
+            return feedback(w, self.order, factor, grid, _candidates(start, config, *FEEDBACK_SCALES), panels)
 
         def back(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             metrics, around = self.metrics, _candidates(start, config, *DESCENT_SCALES)
@@ -161,8 +168,7 @@ class SecondOrder:
             with self._damped() as hessian:
                 return descend(w, hessian, grid, codes, around, metrics, refit, LAST_PASSES)
 
-        parts = {name: getattr(start, name).clone() for name in ("codes", "selector", "scale")}
-        rounded = dataclasses.replace(start, **parts)
+        rounded = start
         if output_metric is None:
             _by_rows(rows, rounded, config, forward)
         else:  # a chunk hears of the errors that are left after both
@@ -176,7 +182,7 @@ class SecondOrder:
         rows.again(lambda some: _values(rounded, some, config))
         _by_rows(rows, rounded, config, last)
         rounded = self._with_error(weight, rounded, config, output_metric)
-        return rounded if bool(rounded.error < start.error) else start, start.error
+        return rounded if bool(rounded.error < start.error) else None, start.error
 
     def _with_error(
         self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
@@ -199,7 +205,10 @@ class SecondOrder:
             return encoding
         rank = order.argsort(dim=1).view(-1).to(torch.uint8)  # where the entries have gone
         for rows in _rows(weight).chunks():
-            encoding.codes[rows] = rank[_grid_of(encoding, rows, config).index(encoding.codes[rows].t())].t()
+            grid = _grid_of(encoding, rows, config)
+            for start in range(0, weight.shape[1], _CHUNK_COLUMNS):  # indices take eight times the memory of codes
+                own = encoding.codes[rows, start : start + _CHUNK_COLUMNS]
+                own.copy_(rank[grid.index(own.t(), start)].t())
         return dataclasses.replace(encoding, codebooks=books)
 
 
@@ -216,6 +225,7 @@ def _by_rows(
         grid, new = step(w, _grid_of(encoding, rows, config), own)
         codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
         rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
+        del w, own  # or they would be there together with the next ones
 
 
 def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float) -> Candidates:
