@@ -25,7 +25,7 @@ from aaac_ao.packing import ceil_div
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
 SAMPLE_WEIGHTS = 1 << 19
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
-#: result; accelerators, where every launch costs, take 16 times as many.
+#: result; accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
@@ -183,7 +183,7 @@ class _Groups:
         self.weight, self.group_size = weight.detach(), group_size
         self.rows, self.columns = weight.shape
         self.count = ceil_div(self.columns, group_size)
-        chunk = CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 16)
+        chunk = CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 32)
         self.chunk_rows = max(1, chunk // self.columns)
         low, high = weight.detach().aminmax()
         self.amax = torch.maximum(-low, high).float()

@@ -11,7 +11,7 @@ import torch
 from aaac_ao.encode.nearest import BINS, NearestTable
 from aaac_ao.encode.scales import reciprocal
 
-#: Errors and moved masses are made of about this many weights at a time, on the CPU.
+#: On the CPU, groups choose their books for about this many weights at a time; fp64 copies of more would be large.
 _CHUNK_WEIGHTS = 1 << 17
 
 
@@ -35,7 +35,7 @@ def lloyd(
     # what each book owns, by bins: only groups that change their book change it
     book = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
     histogram = torch.zeros(2, BINS, dtype=torch.float64, device=u.device)
-    rows = max(1, _CHUNK_WEIGHTS // importance.numel())
+    rows = max(1, _CHUNK_WEIGHTS // importance.numel()) if u.device.type == "cpu" else len(u)
     chunks = list(zip(*(whole.split(rows) for whole in (bins, mass, book)), strict=True))
     for own_bins, own_mass, _ in chunks:
         histogram[0].index_add_(0, own_bins.view(-1), own_mass.view(-1).double())

@@ -168,15 +168,13 @@ class SecondOrder:
             with self._damped() as hessian:
                 return descend(w, hessian, grid, codes, around, metrics, refit, LAST_PASSES)
 
+        # rows that hear of each other's errors are to hear of what is left after both steps
+        steps = (forward, back) if output_metric is None else (lambda w, *own: back(w, *forward(w, *own)),)
         rounded = start
-        if output_metric is None:
-            _by_rows(rows, rounded, config, forward)
-        else:  # a chunk hears of the errors that are left after both
-            _by_rows(rows, rounded, config, lambda w, grid, codes: back(w, *forward(w, grid, codes)))
-        if final:
-            self.forget_factor()
-        if output_metric is None:
-            _by_rows(rows, rounded, config, back)
+        for step in steps:
+            _by_rows(rows, rounded, config, step)
+            if final:
+                self.forget_factor()
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
         rows.again(lambda some: _values(rounded, some, config))
