@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from aaac_ao import AAACConfig, Statistics
+from aaac_ao import AAACConfig, Statistics, block_pass, calibrate_checkpoint
 from aaac_ao.blocks import residual_bases
-from aaac_ao.encode import encode
+from aaac_ao.checkpoint import ModelOnDisk
+from aaac_ao.encode import encode, second_order
 from aaac_ao.encode.factor import damping, inverse_factor
+from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.first_pass import first_pass
 from aaac_ao.hidden import StateCache
 from aaac_ao.moments import InputSums
@@ -133,3 +135,63 @@ def test_output_shifts_are_those_of_their_definition(outputs, with_base):
             expected[name] += moved.flatten(0, 1).T @ x.flatten(0, 1).double()
     for name in layers:
         assert torch.allclose(shifts.take(name, tokens).double(), expected[name] / tokens, atol=1e-5)
+
+
+def test_the_factor_is_gone_before_the_last_weight_is_worked_on_under_h(monkeypatch):
+    panels, alive = [], []
+
+    def factor(*args):
+        made = inverse_factor(*args)
+        panels.extend(weakref.ref(panel) for panel in made)
+        return made
+
+    def descend(*args):
+        alive.append(sum(panel() is not None for panel in panels))
+        return original(*args)
+
+    original = second_order.descend
+    monkeypatch.setattr(second_order, "inverse_factor", factor)
+    monkeypatch.setattr(second_order, "descend", descend)
+    x, weight = inputs(600, 300), torch.randn(40, 300)
+    statistics = Statistics((x * x).mean(0), 600, x.T @ x / 600)
+    config = AAACConfig("nvfp4", rounding="gptq")
+    kept = encode(weight, config, statistics)
+    assert min(alive) > 0
+    alive.clear()
+    last = encode(weight, config, statistics, None, None, True)
+    assert alive
+    assert max(alive) == 0
+    assert torch.equal(kept.codes, last.codes)
+    assert torch.equal(kept.scale, last.scale)
+
+
+def test_k_means_makes_small_copies():
+    u, importance = torch.randn(512, 64, 16), torch.rand(64, 16)
+    scale, books = u.abs().amax(-1), torch.linspace(-1, 1, 32).view(2, 16)
+    u = u / scale[..., None]
+    assert peak_of(lambda: lloyd(u, scale, importance, books, 2)) < 4 * u.nbytes + MB
+
+
+def test_on_disk_the_last_stage_is_encoded_without_the_original_block(tiny_llama, tmp_path, monkeypatch):
+    tiny_llama(layers=3).bfloat16().save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    originals, alive, encode_, load = {}, [], block_pass.encode, ModelOnDisk.load
+
+    def loading(disk, names, copy=False):
+        load(disk, names, copy)
+        if copy:  # a block
+            weights = {n: p for n, p in disk.model.named_parameters() if not p.is_meta and n.endswith("proj.weight")}
+            assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights.values())
+            originals.clear()
+            originals.update({name.split(".")[-2]: weakref.ref(weight) for name, weight in weights.items()})
+
+    def encoding(*args):
+        alive.append({name for name, weight in originals.items() if weight() is not None})
+        return encode_(*args)
+
+    monkeypatch.setattr(ModelOnDisk, "load", loading)
+    monkeypatch.setattr(block_pass, "encode", encoding)
+    data = [torch.randint(0, 97, (2, 40)) for _ in range(2)]
+    config = AAACConfig("nvfp4", rounding="gptq")
+    calibrate_checkpoint(tmp_path / "source", config, data, tmp_path / "out", progress=False)
+    assert len(alive) == 21
+    assert alive[6::7] == [{"down_proj"}] * 3
