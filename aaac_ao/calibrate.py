@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.block_pass import BlockPass, Options, Report, fold_awq, gather, means, quantise_stages
+from aaac_ao.block_pass import BlockPass, Report, fold_awq, gather, means, quantise_stages
 from aaac_ao.blocks import CallRecord, find_blocks
 from aaac_ao.config import AAACConfig
 from aaac_ao.first_pass import (
@@ -35,6 +35,7 @@ from aaac_ao.first_pass import (
 from aaac_ao.fisher import output_metrics
 from aaac_ao.hidden import StateCache, hidden_directory
 from aaac_ao.moments import InputSums
+from aaac_ao.options import Options
 from aaac_ao.resume import RunFolder, fingerprint
 from aaac_ao.statistics import StatisticsFile, write_statistics
 from aaac_ao.transform import is_left_alone, problem_with, raise_problems

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.block_pass import BlockPass, Options, Report
+from aaac_ao.block_pass import BlockPass, Report
 from aaac_ao.blocks import CallRecord, find_blocks, hidden_states_of, hooks
 from aaac_ao.calibrate import FilterFn, reporting, selected_layers
 from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint
@@ -36,6 +36,7 @@ from aaac_ao.first_pass import (
 )
 from aaac_ao.heap import hand_back_memory, map_large_tensors
 from aaac_ao.hidden import StateCache, hidden_directory
+from aaac_ao.options import Options
 from aaac_ao.output import OutputFolder, check_output
 from aaac_ao.resume import fingerprint
 from aaac_ao.tensor import AAACTensor
