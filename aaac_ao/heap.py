@@ -8,13 +8,13 @@ import sys
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 #: Tensors from this size on are mapped.
-_LARGE = 1 << 20
+_LARGE = 384 << 10
 #: Pieces of the heap that are kept from use; None before `map_large_tensors`, and where there is no glibc.
 _holes: list[int] | None = None
 
 
 def map_large_tensors() -> None:
-    """From now on let glibc map tensors of 1 MiB and more, which go back to the system when they are freed.
+    """From now on let glibc map tensors of 384 KiB and more, which go back to the system when they are freed.
 
     By itself it soon keeps all that is freed below 32 MiB for later. Smaller tensors stay in its heap, as pages cost
     time whenever they are new.
