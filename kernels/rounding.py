@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-#: Most columns of a block.
-MOST_COLUMNS = 256
+from .rounded_blocks import MOST_COLUMNS, check_parts
+
 #: Pairs of a scale and a book that are tried side by side. Times the rows of a program these are the lanes of its warp,
 #: or half of them where groups are so large that registers run short.
 TRIALS = 8
@@ -191,15 +191,8 @@ def round_block(
     """
     columns, rows = target.shape
     groups = len(sizes)
-    shapes = {"target": (target, (columns, rows)), "factor": (factor, (columns, columns))}
-    shapes |= {"metric": (metric, (columns, columns)), "root": (root, (columns, columns))}
-    shapes |= {"codebooks": (codebooks, (2, 16)), "candidates": (candidates, (len(candidates), groups, rows))}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != target.device:
-            raise ValueError(
-                f"{name} must be fp32 {list(shape)} on {target.device}, got {tensor.dtype} {list(tensor.shape)} on "
-                f"{tensor.device}"
-            )
+    parts = {"factor": factor, "metric": metric, "root": root, "codebooks": codebooks, "candidates": candidates}
+    check_parts(columns, rows, groups, target.device, target=target, **parts)
     if not 1 <= columns <= MOST_COLUMNS or len(candidates) == 0:
         raise ValueError(f"no block: target {list(target.shape)}, {len(candidates)} candidates")
     if min(sizes) < 1 or sum(sizes) != columns:

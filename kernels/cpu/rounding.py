@@ -11,10 +11,8 @@ import os
 
 import torch
 
+from ..rounded_blocks import MOST_COLUMNS, check_parts
 from .library import load
-
-#: Most columns of a block.
-MOST_COLUMNS = 256
 
 
 @functools.cache
@@ -60,15 +58,8 @@ def round_block(
     """
     columns, rows = target.shape
     count, groups = candidates.shape[:2]
-    shapes = {"factor": (factor, (columns, columns)), "metric": (metric, (columns, columns))}
-    shapes |= {"root": (root, (columns, columns)), "codebooks": (codebooks, (2, 16))}
-    shapes |= {"candidates": (candidates, (count, groups, rows))}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name} must be fp32 {list(shape)} on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
-                f"{tensor.device}"
-            )
+    parts = {"factor": factor, "metric": metric, "root": root, "codebooks": codebooks, "candidates": candidates}
+    check_parts(columns, rows, groups, torch.device("cpu"), **parts)
     if not 1 <= columns <= MOST_COLUMNS or target.dtype != torch.float32 or count == 0:
         raise ValueError(f"no block: target {target.dtype} {list(target.shape)}, {count} candidates")
     steps = ends.diff()
