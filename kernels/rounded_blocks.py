@@ -16,17 +16,20 @@ def check_parts(columns: int, rows: int, groups: int, device: torch.device, **pa
         rows: of the weight.
         groups: of the block.
         device: where all parts must be.
-        parts: among "target", "factor", "metric", "root", "codebooks" and "candidates".
+        parts: what `round_block` and `sweep_columns` of `aaac_ao.encode` take.
 
     Raises:
-        ValueError: a part that is not fp32, has another shape or lies elsewhere.
+        ValueError: a part that is not fp32 (codes and selectors: uint8), has another shape or lies elsewhere.
     """
     shapes = dict.fromkeys(("factor", "metric", "root"), (columns, columns))
-    shapes |= {"target": (columns, rows), "codebooks": (2, 16), "candidates": (None, groups, rows)}
+    shapes |= dict.fromkeys(("target", "values", "codes", "pull"), (columns, rows))
+    shapes |= dict.fromkeys(("scale", "selector"), (groups, rows)) | {"candidates": (None, groups, rows)}
+    shapes |= {"codebooks": (2, 16), "step": (columns,), "heat": (rows,), "cooling": (None,)}
     for name, tensor in parts.items():
+        dtype = torch.uint8 if name in ("codes", "selector") else torch.float32
         shape = tuple(size if size is not None else len(tensor) for size in shapes[name])
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != device:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name} must be fp32 {list(shape)} on {device}, got {tensor.dtype} {list(tensor.shape)} on "
+                f"{name} must be {dtype} {list(shape)} on {device}, got {tensor.dtype} {list(tensor.shape)} on "
                 f"{tensor.device}"
             )

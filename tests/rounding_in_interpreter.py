@@ -39,7 +39,8 @@ def block_of(rows: int, sizes: list[int], count: int):
     columns = sum(sizes)
     target = torch.randn(columns, rows) * torch.randn(rows).exp()
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
-    inverse = torch.linalg.inv((x.T @ x / len(x)).double())
+    x = x.double()  # mixing may be all but singular
+    inverse = torch.linalg.inv(x.T @ x / len(x))
     metric = Metric.of_factor(torch.linalg.cholesky(inverse, upper=True).float().contiguous())
     books = torch.randn(2, 16).sort(dim=1).values
     scale = torch.stack([part.abs().amax(0) for part in target.split(sizes)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aaac_ao import AAACConfig, Statistics
-from aaac_ao.encode import encode, rounding
+from aaac_ao.encode import annealing, encode, rounding
 from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, round_block
 from aaac_ao.kernels.cpu import library
 from aaac_ao.kernels.cpu import rounding as compiled
@@ -24,7 +24,8 @@ def path(request, monkeypatch):
 
 def metric_of(columns: int) -> Metric:
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
-    inverse = torch.linalg.inv((x.T @ x / len(x)).double())
+    x = x.double()  # mixing may be all but singular
+    inverse = torch.linalg.inv(x.T @ x / len(x))
     return Metric.of_factor(torch.linalg.cholesky(inverse, upper=True).float().contiguous())
 
 
@@ -98,8 +99,8 @@ def test_more_candidates_and_sweeps_help(path, monkeypatch):
         monkeypatch.setattr(rounding, "SWEEPS", sweeps)
         rounded = round_block(target, metric, sizes, books, tried)
         errors.append(errors_of(rounded, target, metric, sizes, books))
-    assert errors[1].sum() < 0.95 * errors[0].sum()
-    assert errors[2].sum() < 0.95 * errors[1].sum()
+    assert (errors[1] / errors[0]).mean() < 0.95
+    assert (errors[2] / errors[1]).mean() < 0.95
     assert (errors[2] <= errors[1] * (1 + 1e-4)).all()  # descent alone never raises a row
 
 
@@ -132,6 +133,7 @@ def test_threads_do_not_show(threads):
 def test_both_paths_agree_on_a_layer(monkeypatch):
     x = torch.randn(900, 300) @ (torch.eye(300) + torch.randn(300, 300) / 300**0.5)
     statistics, weight = Statistics(x.square().mean(0), 900, x.T @ x / 900), torch.randn(70, 300)
+    monkeypatch.setattr(annealing, "_kernel", lambda device: None)  # it has no slow path
     for config in (AAACConfig("nvfp4", rounding="gptq"), AAACConfig("int4", 64, rounding="gptq")):
         errors = []
         for chosen in (compiled.library, lambda: None):

@@ -60,7 +60,7 @@ def test_bad_blocks_are_refused():
     good = {"target": target, "factor": metric.factor, "metric": metric.matrix, "root": metric.root}
     good |= {"codebooks": books, "candidates": candidates, "sizes": sizes, "sweeps": 1}
     for name, value, message in (
-        ("target", target.double(), "target must be fp32"),
+        ("target", target.double(), "target must be torch.float32"),
         ("factor", metric.factor[:31], "factor must be"),
         ("metric", metric.matrix.double(), "metric must be"),
         ("root", metric.root.to("meta"), "root must be .* on meta"),

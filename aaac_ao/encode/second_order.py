@@ -4,7 +4,8 @@
 2. Books and scales come from the first-order encoder, with an importance between H's diagonal and what the feedback
    leaves of it.
 3. Codes, scales and the choice of books by feedback, then by block coordinate descent (`feedback`).
-4. Books by least squares (`least_squares`), then more descent with finer steps of the scales.
+4. Books by least squares (`least_squares`), then more descent with finer steps of the scales, before and after
+   annealing of the codes (`annealing`).
 
 Wherever descent comes by, it first fits the scales of a block to its codes.
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from aaac_ao.encode.annealing import anneal
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
 from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
@@ -166,7 +168,9 @@ class SecondOrder:
         def last(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             metrics, around = self.metrics, _candidates(start, config, *LAST_SCALES)
             with self._damped() as hessian:
-                return descend(w, hessian, grid, codes, around, metrics, refit, LAST_PASSES)
+                grid, codes = descend(w, hessian, grid, codes, around, metrics, refit, LAST_PASSES)
+                codes = anneal(w, hessian, grid, codes)
+                return descend(w, hessian, grid, codes, around, metrics, refit)
 
         # rows that hear of each other's errors are to hear of what is left after both steps
         steps = (forward, back) if output_metric is None else (lambda w, *own: back(w, *forward(w, *own)),)

@@ -1,7 +1,8 @@
 // Rounding of a block of columns under a quadratic error, 16 rows of the weight at a time: see
-// aaac_ao/encode/rounding.py, which has the same steps in PyTorch.
+// aaac_ao/encode/rounding.py, which has the same steps in PyTorch. Below it, annealing: see aaac_ao/encode/annealing.py.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "pool.h"
@@ -10,6 +11,7 @@ enum { LANES = 16, MOST_COLUMNS = 256 };
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__)
@@ -33,6 +35,13 @@ typedef struct {
     int columns, groups, count, sweeps;
     Books books;
 } Block;
+
+static void fill_books(Books *books, const float *entries) {
+    memcpy(books->entry, entries, sizeof books->entry);
+    for (int book = 0; book < 2; book++)
+        for (int i = 0; i < 15; i++)
+            books->middle[book][i] = (books->entry[book][i] + books->entry[book][i + 1]) * 0.5f;
+}
 
 INLINE Floats splat(float x) { return (Floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
@@ -162,9 +171,103 @@ aaac_round_block(float *target, const float *factor, const float *metric, const 
                    .groups = groups,
                    .count = count,
                    .sweeps = sweeps};
-    memcpy(block.books.entry, books, sizeof block.books.entry);
-    for (int book = 0; book < 2; book++)
-        for (int i = 0; i < 15; i++)
-            block.books.middle[book][i] = (block.books.entry[book][i] + block.books.entry[book][i + 1]) * 0.5f;
+    fill_books(&block.books, books);
     pool_run(threads, (rows + LANES - 1) / LANES, round_rows, &block);
+}
+
+// Annealing. Matrices as above, with all columns of the weight.
+
+typedef struct {
+    float *values, *pull, *gain; // in and out: values, half the gradient, and by how much the error rose
+    uint8_t *codes;
+    const float *metric, *step, *heat, *cooling, *scale;
+    const uint8_t *selector;
+    int64_t rows;
+    int columns, group_size, sweeps;
+    Books books;
+    int failed;
+} Anneal;
+
+// Between -1 and 1, from a counter: the finishing steps of a hash, which mix all bits.
+INLINE Floats noise(Bits counter) {
+    Bits x = counter;
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    x ^= x >> 16;
+    return __builtin_convertvector((Ints)x, Floats) * 0x1p-31f;
+}
+
+INLINE int any(Ints mask) {
+    int32_t bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits |= mask[lane];
+    return bits != 0;
+}
+
+EVERY_ISA static void anneal_rows(void *job, int64_t index) {
+    Anneal *a = job;
+    const int columns = a->columns;
+    const int64_t row = index * LANES;
+    const int lanes = a->rows - row < LANES ? (int)(a->rows - row) : LANES;
+    Floats *memory = aligned_alloc(sizeof(Floats), 2 * sizeof(Floats) * columns);
+    if (memory == NULL) {
+        a->failed = 1;
+        return;
+    }
+    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), gain = splat(0);
+    Bits lane_numbers;
+    for (int lane = 0; lane < LANES; lane++) lane_numbers[lane] = (uint32_t)(row + lane) * 0x9E3779B1u;
+    for (int i = 0; i < columns; i++) {
+        value[i] = load(a->values + i * a->rows + row, lanes);
+        pull[i] = load(a->pull + i * a->rows + row, lanes);
+    }
+    for (int sweep = 0; sweep < a->sweeps; sweep++) {
+        const Floats reach = heat * a->cooling[sweep];
+        for (int i = 0; i < columns; i++) {
+            const int64_t group = i / a->group_size;
+            const Floats scale = load(a->scale + group * a->rows + row, lanes), inverse = reciprocal(scale);
+            Ints second = {0}, code;
+            for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group * a->rows + row + lane];
+            const float *row_of = a->metric + (int64_t)i * columns;
+            const Bits counter = lane_numbers + ((uint32_t)sweep * (uint32_t)columns + (uint32_t)i);
+            const Floats wanted =
+                value[i] - pull[i] * (1.0f / row_of[i]) + reach * noise(counter) * a->step[i];
+            const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
+            const Floats step = moved - value[i];
+            if (!any(step != 0)) continue;
+            gain += step * (2.0f * pull[i] + step * row_of[i]);
+            value[i] = moved;
+            for (int j = 0; j < columns; j++) pull[j] += row_of[j] * step;
+            for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
+        }
+    }
+    for (int i = 0; i < columns; i++) {
+        store(a->values + i * a->rows + row, value[i], lanes);
+        store(a->pull + i * a->rows + row, pull[i], lanes);
+    }
+    store(a->gain + row, gain, lanes);
+    free(memory);
+}
+
+// Sizes and layouts are checked by the caller. Returns 0, or 1 without memory: then some rows are as they were.
+__attribute__((visibility("default"))) int
+aaac_anneal(float *values, uint8_t *codes, float *pull, float *gain, const float *metric, const float *step,
+            const float *heat, const float *cooling, const float *books, const float *scale, const uint8_t *selector,
+            int64_t rows, int columns, int group_size, int sweeps, int threads) {
+    Anneal job = {.values = values,
+                  .pull = pull,
+                  .gain = gain,
+                  .codes = codes,
+                  .metric = metric,
+                  .step = step,
+                  .heat = heat,
+                  .cooling = cooling,
+                  .scale = scale,
+                  .selector = selector,
+                  .rows = rows,
+                  .columns = columns,
+                  .group_size = group_size,
+                  .sweeps = sweeps};
+    fill_books(&job.books, books);
+    pool_run(threads, (rows + LANES - 1) / LANES, anneal_rows, &job);
+    return job.failed;
 }

@@ -1,4 +1,4 @@
-"""Rounding of blocks of columns on the CPU, for the encoder: the binding of `rounding.c`.
+"""Rounding of blocks of columns and annealing on the CPU, for the encoder: the binding of `rounding.c`.
 
 The library is compiled when the package is installed. Without it the encoder works with PyTorch alone, and slowly.
 """
@@ -25,6 +25,8 @@ def library() -> ctypes.CDLL | None:
         return None
     found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_round_block.restype = None
+    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 4
+    found.aaac_anneal.restype = ctypes.c_int
     return found
 
 
@@ -73,3 +75,39 @@ def round_block(
     pointers = [tensor.data_ptr() for tensor in (errors, *inputs, scale, selector, codes)]
     library().aaac_round_block(*pointers, rows, columns, groups, count, sweeps, torch.get_num_threads())
     return codes, selector, scale, errors
+
+
+def anneal(
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    pull: torch.Tensor,
+    metric: torch.Tensor,
+    step: torch.Tensor,
+    heat: torch.Tensor,
+    cooling: torch.Tensor,
+    codebooks: torch.Tensor,
+    scale: torch.Tensor,
+    selector: torch.Tensor,
+    group_size: int,
+) -> torch.Tensor:
+    """By how much the errors of rows grew, [N] fp32; see `aaac_ao.encode.annealing.sweep_columns`.
+
+    Raises:
+        ValueError: sizes, dtypes or devices that do not fit, or outputs that are not contiguous.
+        MemoryError: there is none for the rows that are at work.
+    """
+    columns, rows, outputs = len(step), len(heat), {"values": values, "codes": codes, "pull": pull}
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    groups = -(-columns // group_size)
+    inputs = {"metric": metric, "step": step, "heat": heat, "cooling": cooling, "codebooks": codebooks, "scale": scale}
+    check_parts(columns, rows, groups, torch.device("cpu"), **outputs, **inputs, selector=selector)
+    if not all(part.is_contiguous() for part in outputs.values()):
+        raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
+    gain = torch.zeros(rows)
+    parts = [part.contiguous() for part in (*inputs.values(), selector)]
+    pointers = [part.data_ptr() for part in (*outputs.values(), gain, *parts)]
+    sizes = (rows, columns, group_size, len(cooling), torch.get_num_threads())
+    if library().aaac_anneal(*pointers, *sizes):
+        raise MemoryError(f"no memory for annealing rows of {columns} columns")
+    return gain

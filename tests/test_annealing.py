@@ -1,0 +1,157 @@
+"""Annealing of codes: against exhaustive search, against plain PyTorch, and what it must never do."""
+
+import itertools
+
+import pytest
+import torch
+
+from aaac_ao import AAACConfig, Statistics
+from aaac_ao.encode import annealing, encode
+from aaac_ao.encode.annealing import anneal, cooling, noise, sweep_columns, sweeps_of
+from aaac_ao.encode.feedback import Grid
+from aaac_ao.kernels.cpu import rounding as compiled
+
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a compiler")
+
+
+def problem(columns: int, rows: int, group_size: int, entries: int = 16):
+    """Weights, a Hessian with strong correlations, a grid, and codes; `entries` of a book differ."""
+    mixing = torch.eye(columns) + torch.randn(columns, columns) / columns**0.5
+    x = torch.randn(3 * columns + 20, columns) @ mixing
+    groups = -(-columns // group_size)
+    books = torch.linspace(-1, 1, 16) * torch.tensor([[1.0], [0.7]]) + 0.02 * torch.randn(2, 16)
+    books[:, entries:] = 1e6 + torch.arange(16 - entries)
+    scale, selector = torch.rand(groups, rows) * 2 + 1, torch.randint(0, 2, (groups, rows), dtype=torch.uint8)
+    grid = Grid(scale, selector, books.sort(dim=1).values, group_size)
+    codes = torch.randint(0, entries, (columns, rows), dtype=torch.uint8)
+    return torch.randn(columns, rows), x.T @ x / len(x), grid, codes
+
+
+def errors_of(weight, hessian, grid, codes) -> torch.Tensor:
+    """(w_n - q_n)^T H (w_n - q_n) of every row, fp64."""
+    error = grid.values(codes).double() - weight.double()
+    return ((hessian.double() @ error) * error).sum(0)
+
+
+def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
+    """What a kernel is called with."""
+    values = grid.values(codes)
+    pull, step = hessian @ (values - weight), hessian.diagonal().rsqrt()
+    parts = [values, codes.clone(), pull, hessian, step, torch.rand(codes.shape[1]), cooling(sweeps)]
+    return [*parts, grid.codebooks, grid.scale, grid.selector, grid.group_size]
+
+
+@pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 5, 32), (7, 50, 64), (1, 3, 16)])
+def test_the_kernel_does_what_pytorch_does(columns, rows, group_size):
+    weight, hessian, grid, codes = problem(columns, rows, group_size)
+    parts = parts_of(weight, hessian, grid, codes, 12)
+    other = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]
+    grew, expected = compiled.anneal(*parts), sweep_columns(*other)
+    same = (parts[1] == other[1]).all(0)
+    assert same.double().mean() > 0.8  # one code at a tie changes what follows in its row
+    assert torch.allclose(grew[same], expected[same], rtol=1e-3, atol=1e-3)
+    for values, codes_now, pull, *_ in (parts, other):
+        assert torch.equal(values, grid.values(codes_now))
+        assert torch.allclose(pull, hessian @ (values - weight), rtol=1e-3, atol=1e-3)
+    before = errors_of(weight, hessian, grid, codes)
+    assert torch.allclose(before + grew.double(), errors_of(weight, hessian, grid, parts[1]), rtol=1e-3, atol=1e-3)
+
+
+def test_no_row_is_worse_and_most_are_better_than_descent_leaves_them():
+    weight, hessian, grid, codes = problem(60, 100, 32)
+    parts = parts_of(weight, hessian, grid, codes, 20)
+    parts[5] = torch.zeros(100)
+    compiled.anneal(*parts)  # without noise: coordinate descent, to where it stops
+    settled = parts[1]
+    before = errors_of(weight, hessian, grid, settled)
+    after = errors_of(weight, hessian, grid, anneal(weight, hessian, grid, settled))
+    assert bool((after <= before * (1 + 1e-5)).all())
+    assert (after < 0.999 * before).double().mean() > 0.7
+    assert after.sum() < 0.97 * before.sum()
+
+
+def test_small_rows_come_to_the_best_of_all_codes():
+    entries, columns = 6, 5
+    weight, hessian, grid, codes = problem(columns, 60, 16, entries)
+    every = torch.tensor(list(itertools.product(range(entries), repeat=columns)), dtype=torch.uint8)
+    best = torch.empty(60, dtype=torch.float64)
+    for row in range(60):
+        own = Grid(grid.scale[:, [row]], grid.selector[:, [row]], grid.codebooks, 16)
+        all_of = Grid(*(part.expand(-1, len(every)) for part in (own.scale, own.selector)), grid.codebooks, 16)
+        best[row] = errors_of(weight[:, [row]], hessian, all_of, every.T).min()
+    found = errors_of(weight, hessian, grid, anneal(weight, hessian, grid, codes, 300))
+    assert bool((found >= best * (1 - 1e-6)).all())
+    assert (found < best * (1 + 1e-4)).double().mean() > 0.8
+
+
+def test_the_same_for_any_number_of_threads():
+    weight, hessian, grid, codes = problem(50, 83, 16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            parts = parts_of(weight, hessian, grid, codes, 9)
+            parts[2], parts[5] = torch.zeros(50, 83), torch.full((83,), 0.5)
+            results.append((compiled.anneal(*parts), *parts[:3]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+def test_zero_rows_and_scales_stay():
+    weight, hessian, grid, codes = problem(30, 8, 16)
+    weight[:, 2], grid.scale[:, 2], grid.scale[0, 5] = 0, 0, 1e-40
+    new = anneal(weight, hessian, grid, codes)
+    assert new.max() < 16
+    assert bool((errors_of(weight, hessian, grid, new) <= errors_of(weight, hessian, grid, codes) * (1 + 1e-5)).all())
+
+
+def test_without_a_kernel_nothing_changes(monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    weight, hessian, grid, codes = problem(30, 8, 16)
+    assert torch.equal(anneal(weight, hessian, grid, codes), codes)
+
+
+@pytest.mark.parametrize("config", [AAACConfig(format="nvfp4"), AAACConfig(group_size=32)], ids=["nvfp4", "int4"])
+def test_a_layer_gains_from_it(config, monkeypatch):
+    x = torch.randn(600, 96) @ (torch.eye(96) + 0.5 * torch.randn(96, 96) / 96**0.5)
+    hessian = x.T @ x / len(x)
+    known = Statistics(second_moment=hessian.diagonal().clone(), tokens=len(x), hessian=hessian)
+    weight = torch.randn(64, 96)
+    with_it = encode(weight, config, known).error
+    monkeypatch.setattr(annealing, "_kernel", lambda device: None)
+    assert with_it < 0.99 * encode(weight, config, known).error
+
+
+def test_fewer_sweeps_of_wide_rows():
+    assert sweeps_of(256) > sweeps_of(1024) >= sweeps_of(8192) == annealing.LEAST_SWEEPS
+    shares = cooling(20)
+    assert shares[0] == 1
+    assert bool((shares.diff() <= 0).all())
+    assert bool((shares[-annealing.COLD_SWEEPS :] == 0).all())
+
+
+def test_noise_is_even_and_differs_between_rows_and_steps():
+    drawn = torch.stack([noise(400, counter) for counter in range(100, 400)])
+    assert drawn.abs().max() <= 1
+    assert abs(drawn.mean()) < 0.02
+    assert abs(drawn.square().mean() - 1 / 3) < 0.02
+    assert len(drawn.unique()) > 0.99 * drawn.numel()
+    across = torch.corrcoef(drawn[:, :40].T) - torch.eye(40)
+    assert across.abs().max() < 0.4
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_parts_that_do_not_fit_are_rejected(index):
+    parts = parts_of(*problem(20, 6, 16), 3)
+    for wrong in (parts[index].double(), parts[index][None]):
+        with pytest.raises(ValueError, match=r"must be|contiguous"):
+            compiled.anneal(*parts[:index], wrong, *parts[index + 1 :])
+
+
+def test_outputs_must_be_contiguous():
+    parts = parts_of(*problem(20, 6, 16), 3)
+    parts[2] = parts[2].t().contiguous().t()
+    with pytest.raises(ValueError, match="contiguous"):
+        compiled.anneal(*parts)
