@@ -24,7 +24,7 @@ def check_parts(columns: int, rows: int, groups: int, device: torch.device, **pa
     shapes = dict.fromkeys(("factor", "metric", "root"), (columns, columns))
     shapes |= dict.fromkeys(("target", "values", "codes", "pull"), (columns, rows))
     shapes |= dict.fromkeys(("scale", "selector"), (groups, rows)) | {"candidates": (None, groups, rows)}
-    shapes |= {"codebooks": (2, 16), "step": (columns,), "heat": (rows,), "cooling": (None,)}
+    shapes |= {"codebooks": (2, 16), "noise": (None, columns), "heat": (rows,)}
     for name, tensor in parts.items():
         dtype = torch.uint8 if name in ("codes", "selector") else torch.float32
         shape = tuple(size if size is not None else len(tensor) for size in shapes[name])

@@ -99,7 +99,7 @@ def test_more_candidates_and_sweeps_help(path, monkeypatch):
         monkeypatch.setattr(rounding, "SWEEPS", sweeps)
         rounded = round_block(target, metric, sizes, books, tried)
         errors.append(errors_of(rounded, target, metric, sizes, books))
-    assert (errors[1] / errors[0]).mean() < 0.95
+    assert (errors[1] / errors[0]).mean() < 0.97
     assert (errors[2] / errors[1]).mean() < 0.95
     assert (errors[2] <= errors[1] * (1 + 1e-4)).all()  # descent alone never raises a row
 

@@ -15,17 +15,18 @@ import torch
 from aaac_ao.encode.feedback import Grid
 from aaac_ao.encode.scales import reciprocal
 
-#: Codes that are set in a row's sweeps, and the least sweeps: a step costs K additions, so wide rows get fewer.
-STEPS, LEAST_SWEEPS = 1 << 16, 32
+#: Additions in the sweeps of a row: K for every code that is set. Within these bounds it decides how many there are.
+WORK, LEAST_SWEEPS, MOST_SWEEPS = 1 << 26, 32, 1024
 #: Mean square of the noise at the start, in what a weight adds to the error of its row; it falls to nothing linearly.
 TEMPERATURE = 0.1
 #: Sweeps without noise, at the end.
 COLD_SWEEPS = 2
+_SEED = 0
 
 
 def sweeps_of(columns: int) -> int:
     """How often the codes of a row of so many columns are gone through."""
-    return max(LEAST_SWEEPS, STEPS // columns)
+    return min(MOST_SWEEPS, max(LEAST_SWEEPS, WORK // columns**2))
 
 
 def anneal(
@@ -52,11 +53,9 @@ def anneal(
     pull = hessian @ lost
     error = (pull * lost).sum(0).clamp(min=0)
     heat = (3 * TEMPERATURE / len(weight) * error).sqrt()  # noise that is even in -a .. a has the mean square a^2 / 3
-    shares = cooling(sweeps_of(len(weight)) if sweeps is None else sweeps).to(weight.device)
-    step = hessian.diagonal().rsqrt()
-    grew = run(
-        values, new, pull, hessian, step, heat, shares, grid.codebooks, grid.scale, grid.selector, grid.group_size
-    )
+    pushes = noise(sweeps_of(len(weight)) if sweeps is None else sweeps, hessian.diagonal())
+    fixed = (grid.codebooks, grid.scale, grid.selector, grid.group_size)
+    grew = run(values, new, pull, hessian, pushes, heat, *fixed)
     return torch.where(grew < 0, new, codes)
 
 
@@ -67,10 +66,15 @@ def _kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
     return compiled.anneal if device.type == "cpu" and compiled.library() is not None else None
 
 
-def cooling(sweeps: int) -> torch.Tensor:
-    """[sweeps] fp32 >= 0, what the noise of every sweep is multiplied by."""
-    noisy = max(1, sweeps - COLD_SWEEPS)
-    return (1 - torch.arange(sweeps) / noisy).clamp(min=0).sqrt()
+def noise(sweeps: int, diagonal: torch.Tensor) -> torch.Tensor:
+    """[sweeps, K] fp32: even between -1 and 1 at first, then less and less, over the root of H's diagonal [K].
+
+    The same numbers every time and for all rows, which are problems of their own.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.rand(sweeps, len(diagonal), generator=generator) * 2 - 1
+    shares = (1 - torch.arange(sweeps) / max(1, sweeps - COLD_SWEEPS)).clamp(min=0).sqrt()
+    return (drawn * shares[:, None]).to(diagonal.device) * diagonal.rsqrt()
 
 
 def sweep_columns(
@@ -78,9 +82,8 @@ def sweep_columns(
     codes: torch.Tensor,
     pull: torch.Tensor,
     metric: torch.Tensor,
-    step: torch.Tensor,
+    noise: torch.Tensor,
     heat: torch.Tensor,
-    cooling: torch.Tensor,
     codebooks: torch.Tensor,
     scale: torch.Tensor,
     selector: torch.Tensor,
@@ -93,9 +96,8 @@ def sweep_columns(
         codes: [K, N] uint8; overwritten.
         pull: [K, N] fp32, H @ (values - weight); overwritten.
         metric: [K, K] fp32, H.
-        step: [K] fp32, 1 / sqrt of H's diagonal.
-        heat: [N] fp32, how far noise reaches at the start where H's diagonal is 1.
-        cooling: [sweeps] fp32, what that is multiplied by.
+        noise: [sweeps, K] fp32, what is added to the best value of a column, in units of the row's heat.
+        heat: [N] fp32 >= 0.
         codebooks: [2, 16] fp32, ascending.
         scale: [groups, N] fp32 >= 0.
         selector: [groups, N] uint8, 0 or 1.
@@ -104,12 +106,12 @@ def sweep_columns(
     Returns:
         [N] fp32, by how much the error of a row grew.
     """
-    (columns, rows), middles = codes.shape, (codebooks[:, 1:] + codebooks[:, :-1]) / 2
+    columns, middles = len(metric), (codebooks[:, 1:] + codebooks[:, :-1]) / 2
     grew = torch.zeros_like(heat)
-    for sweep, share in enumerate(cooling.tolist()):
+    for pushes in noise:
         for i in range(columns):
             own, second = scale[i // group_size], selector[i // group_size].long()
-            wanted = values[i] - pull[i] / metric[i, i] + heat * share * noise(rows, sweep * columns + i) * step[i]
+            wanted = values[i] - pull[i] / metric[i, i] + heat * pushes[i]
             codes[i] = (wanted * reciprocal(own) > middles[second].t()).sum(0)
             moved = codebooks[second, codes[i].long()] * own
             change = moved - values[i]
@@ -117,12 +119,3 @@ def sweep_columns(
             pull.addr_(metric[i], change)
             values[i] = moved
     return grew
-
-
-def noise(rows: int, counter: int) -> torch.Tensor:
-    """[rows] fp32, evenly between -1 and 1: a hash of row and counter (the finishing steps of lowbias32)."""
-    whole = 0xFFFFFFFF
-    x = (torch.arange(rows) * 0x9E3779B1 + counter) & whole
-    x = ((x ^ x >> 16) * 0x7FEB352D) & whole
-    x = ((x ^ x >> 15) * 0x846CA68B) & whole
-    return (x ^ x >> 16).to(torch.uint32).view(torch.int32).float() * 2.0**-31

@@ -11,7 +11,6 @@ enum { LANES = 16, MOST_COLUMNS = 256 };
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__)
@@ -178,24 +177,15 @@ aaac_round_block(float *target, const float *factor, const float *metric, const 
 // Annealing. Matrices as above, with all columns of the weight.
 
 typedef struct {
-    float *values, *pull, *gain; // in and out: values, half the gradient, and by how much the error rose
+    float *values, *pull, *growth; // in and out: values, half the gradient, and by how much the error rose
     uint8_t *codes;
-    const float *metric, *step, *heat, *cooling, *scale;
+    const float *metric, *noise, *heat, *scale; // noise [sweeps][columns]
     const uint8_t *selector;
     int64_t rows;
     int columns, group_size, sweeps;
     Books books;
     int failed;
 } Anneal;
-
-// Between -1 and 1, from a counter: the finishing steps of a hash, which mix all bits.
-INLINE Floats noise(Bits counter) {
-    Bits x = counter;
-    x = (x ^ x >> 16) * 0x7FEB352Du;
-    x = (x ^ x >> 15) * 0x846CA68Bu;
-    x ^= x >> 16;
-    return __builtin_convertvector((Ints)x, Floats) * 0x1p-31f;
-}
 
 INLINE int any(Ints mask) {
     int32_t bits = 0;
@@ -213,28 +203,24 @@ EVERY_ISA static void anneal_rows(void *job, int64_t index) {
         a->failed = 1;
         return;
     }
-    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), gain = splat(0);
-    Bits lane_numbers;
-    for (int lane = 0; lane < LANES; lane++) lane_numbers[lane] = (uint32_t)(row + lane) * 0x9E3779B1u;
+    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), growth = splat(0);
     for (int i = 0; i < columns; i++) {
         value[i] = load(a->values + i * a->rows + row, lanes);
         pull[i] = load(a->pull + i * a->rows + row, lanes);
     }
     for (int sweep = 0; sweep < a->sweeps; sweep++) {
-        const Floats reach = heat * a->cooling[sweep];
+        const float *noise = a->noise + (int64_t)sweep * columns;
         for (int i = 0; i < columns; i++) {
             const int64_t group = i / a->group_size;
             const Floats scale = load(a->scale + group * a->rows + row, lanes), inverse = reciprocal(scale);
             Ints second = {0}, code;
             for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group * a->rows + row + lane];
             const float *row_of = a->metric + (int64_t)i * columns;
-            const Bits counter = lane_numbers + ((uint32_t)sweep * (uint32_t)columns + (uint32_t)i);
-            const Floats wanted =
-                value[i] - pull[i] * (1.0f / row_of[i]) + reach * noise(counter) * a->step[i];
+            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * noise[i];
             const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
             const Floats step = moved - value[i];
             if (!any(step != 0)) continue;
-            gain += step * (2.0f * pull[i] + step * row_of[i]);
+            growth += step * (2.0f * pull[i] + step * row_of[i]);
             value[i] = moved;
             for (int j = 0; j < columns; j++) pull[j] += row_of[j] * step;
             for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
@@ -244,23 +230,22 @@ EVERY_ISA static void anneal_rows(void *job, int64_t index) {
         store(a->values + i * a->rows + row, value[i], lanes);
         store(a->pull + i * a->rows + row, pull[i], lanes);
     }
-    store(a->gain + row, gain, lanes);
+    store(a->growth + row, growth, lanes);
     free(memory);
 }
 
 // Sizes and layouts are checked by the caller. Returns 0, or 1 without memory: then some rows are as they were.
 __attribute__((visibility("default"))) int
-aaac_anneal(float *values, uint8_t *codes, float *pull, float *gain, const float *metric, const float *step,
-            const float *heat, const float *cooling, const float *books, const float *scale, const uint8_t *selector,
-            int64_t rows, int columns, int group_size, int sweeps, int threads) {
+aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth, const float *metric, const float *noise,
+            const float *heat, const float *books, const float *scale, const uint8_t *selector, int64_t rows, int columns,
+            int group_size, int sweeps, int threads) {
     Anneal job = {.values = values,
                   .pull = pull,
-                  .gain = gain,
+                  .growth = growth,
                   .codes = codes,
                   .metric = metric,
-                  .step = step,
+                  .noise = noise,
                   .heat = heat,
-                  .cooling = cooling,
                   .scale = scale,
                   .selector = selector,
                   .rows = rows,

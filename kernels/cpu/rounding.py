@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_round_block.restype = None
-    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 4
+    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 4
     found.aaac_anneal.restype = ctypes.c_int
     return found
 
@@ -82,9 +82,8 @@ def anneal(
     codes: torch.Tensor,
     pull: torch.Tensor,
     metric: torch.Tensor,
-    step: torch.Tensor,
+    noise: torch.Tensor,
     heat: torch.Tensor,
-    cooling: torch.Tensor,
     codebooks: torch.Tensor,
     scale: torch.Tensor,
     selector: torch.Tensor,
@@ -96,18 +95,18 @@ def anneal(
         ValueError: sizes, dtypes or devices that do not fit, or outputs that are not contiguous.
         MemoryError: there is none for the rows that are at work.
     """
-    columns, rows, outputs = len(step), len(heat), {"values": values, "codes": codes, "pull": pull}
+    columns, rows, outputs = len(metric), len(heat), {"values": values, "codes": codes, "pull": pull}
     if group_size < 1:
         raise ValueError(f"group_size must be positive, got {group_size}")
     groups = -(-columns // group_size)
-    inputs = {"metric": metric, "step": step, "heat": heat, "cooling": cooling, "codebooks": codebooks, "scale": scale}
+    inputs = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
     check_parts(columns, rows, groups, torch.device("cpu"), **outputs, **inputs, selector=selector)
     if not all(part.is_contiguous() for part in outputs.values()):
         raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
     gain = torch.zeros(rows)
     parts = [part.contiguous() for part in (*inputs.values(), selector)]
     pointers = [part.data_ptr() for part in (*outputs.values(), gain, *parts)]
-    sizes = (rows, columns, group_size, len(cooling), torch.get_num_threads())
+    sizes = (rows, columns, group_size, len(noise), torch.get_num_threads())
     if library().aaac_anneal(*pointers, *sizes):
         raise MemoryError(f"no memory for annealing rows of {columns} columns")
     return gain
