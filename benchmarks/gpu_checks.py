@@ -22,9 +22,11 @@ import torch.nn.functional as F
 
 import aaac_ao
 from aaac_ao import AAACTensor
+from aaac_ao.encode import annealing
 from aaac_ao.encode import rounding as encoder
 from aaac_ao.formats import FORMATS
 from aaac_ao.generate import generate
+from aaac_ao.kernels import annealing as annealing_kernel
 from aaac_ao.kernels import dispatch
 from aaac_ao.kernels import rounding as rounding_kernel
 from benchmarks.models import build
@@ -230,7 +232,7 @@ def decoded_in_one_graph(form: str, args: argparse.Namespace, counters) -> list:
 
 
 def rounded_blocks(args: argparse.Namespace) -> dict:
-    """The encoder's kernel leaves the error that PyTorch leaves, to a thousandth, and the same bytes every time.
+    """The encoder's kernels leave the error that PyTorch leaves; the one of blocks the same bytes every time.
 
     "milliseconds" has what one block of `ROUNDED_ROWS` rows takes.
     """
@@ -254,6 +256,11 @@ def rounded_blocks(args: argparse.Namespace) -> dict:
         same = all(torch.equal(part, getattr(again, name)) for name, part in vars(first).items())  # waits for them
         times[case] = round((time.perf_counter() - start) / 3 * 1e3, 3)
         rows.append([f"{case} again", 0.0 if same else math.inf])
+    for columns, group_size in ((40, 16),) if args.dry_run else ((64, 64), (600, 16), (1000, 128)):
+        error, expected = annealing.errors_of_both(annealing_kernel.anneal, device, columns, group_size)
+        rows.append(
+            [f"annealing {columns} columns g{group_size}", over(error, expected.double(), 0.01 * expected.abs())]
+        )
     result = {**checked(rows), "warnings": handler.messages, "milliseconds": times}
     return {**result, "right": result["right"] and not handler.messages}
 

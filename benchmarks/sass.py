@@ -137,7 +137,8 @@ def compile_kernel(
         "partial_ptr": "*fp32",
         "per_tensor_scale_ptr": "*fp32",
         **dict.fromkeys(("target_ptr", "factor_ptr", "metric_ptr", "root_ptr", "books_ptr"), "*fp32"),
-        **dict.fromkeys(("candidates_ptr", "scales_ptr", "errors_ptr"), "*fp32"),
+        **dict.fromkeys(("candidates_ptr", "scales_ptr", "errors_ptr", "values_ptr", "pull_ptr"), "*fp32"),
+        **dict.fromkeys(("noise_ptr", "heat_ptr", "growth_ptr", "moves_ptr"), "*fp32"),
         **dict.fromkeys(("codes_ptr", "selector_ptr"), "*u8"),
         "ends_ptr": "*i32",
     }
@@ -243,6 +244,14 @@ def compile_rounding(capability: int, columns: int, group_size: int):
     constants = module.tiles(columns, group_size)
     options = {"num_warps": constants.pop("num_warps"), "any_value": (*module.SIZES, *module.INPUTS)}
     return compile_kernel(module.rounding_kernel, capability, "fp32", group_size, constants, **options)
+
+
+def compile_annealing(capability: int, columns: int, group_size: int):
+    """The kernel that anneals codes for the encoder, compiled for weights of so many columns."""
+    module = kernels("annealing")
+    constants = module.tiles(columns, group_size)
+    options = {"num_warps": constants.pop("num_warps"), "any_value": (*module.SIZES, *module.INPUTS)}
+    return compile_kernel(module.annealing_kernel, capability, "fp32", group_size, constants, **options)
 
 
 def count(variant: Variant) -> Count:

@@ -1,9 +1,12 @@
 """Annealing of codes: against exhaustive search, against plain PyTorch, and what it must never do."""
 
+import importlib.util
 import itertools
+import pathlib
 
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import annealing, encode
@@ -11,7 +14,9 @@ from aaac_ao.encode.annealing import anneal, noise, sweep_columns, sweeps_of
 from aaac_ao.encode.feedback import Grid
 from aaac_ao.kernels.cpu import rounding as compiled
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a compiler")
+HELPER = pathlib.Path(__file__).with_name("annealing_in_interpreter.py")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a compiler")
 
 
 def problem(columns: int, rows: int, group_size: int, entries: int = 16):
@@ -41,6 +46,7 @@ def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
     return [*parts, grid.codebooks, grid.scale, grid.selector, grid.group_size]
 
 
+@needs_library
 @pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 5, 32), (7, 50, 64), (1, 3, 16)])
 def test_the_kernel_does_what_pytorch_does(columns, rows, group_size):
     weight, hessian, grid, codes = problem(columns, rows, group_size)
@@ -57,6 +63,7 @@ def test_the_kernel_does_what_pytorch_does(columns, rows, group_size):
     assert torch.allclose(before + grew.double(), errors_of(weight, hessian, grid, parts[1]), rtol=1e-3, atol=1e-3)
 
 
+@needs_library
 def test_no_row_is_worse_and_most_are_better_than_descent_leaves_them():
     weight, hessian, grid, codes = problem(60, 100, 32)
     parts = parts_of(weight, hessian, grid, codes, 20)
@@ -70,6 +77,7 @@ def test_no_row_is_worse_and_most_are_better_than_descent_leaves_them():
     assert after.sum() < 0.97 * before.sum()
 
 
+@needs_library
 def test_small_rows_come_to_the_best_of_all_codes():
     entries, columns = 6, 5
     weight, hessian, grid, codes = problem(columns, 60, 16, entries)
@@ -84,6 +92,7 @@ def test_small_rows_come_to_the_best_of_all_codes():
     assert (found < best * (1 + 1e-4)).double().mean() > 0.8
 
 
+@needs_library
 def test_the_same_for_any_number_of_threads():
     weight, hessian, grid, codes = problem(50, 83, 16)
     threads, results = torch.get_num_threads(), []
@@ -99,6 +108,7 @@ def test_the_same_for_any_number_of_threads():
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
+@needs_library
 def test_zero_rows_and_scales_stay():
     weight, hessian, grid, codes = problem(30, 8, 16)
     weight[:, 2], grid.scale[:, 2], grid.scale[0, 5] = 0, 0, 1e-40
@@ -113,6 +123,7 @@ def test_without_a_kernel_nothing_changes(monkeypatch):
     assert torch.equal(anneal(weight, hessian, grid, codes), codes)
 
 
+@needs_library
 @pytest.mark.parametrize("config", [AAACConfig(format="nvfp4"), AAACConfig(group_size=32)], ids=["nvfp4", "int4"])
 def test_a_layer_gains_from_it(config, monkeypatch):
     x = torch.randn(600, 96) @ (torch.eye(96) + 0.5 * torch.randn(96, 96) / 96**0.5)
@@ -120,7 +131,7 @@ def test_a_layer_gains_from_it(config, monkeypatch):
     known = Statistics(second_moment=hessian.diagonal().clone(), tokens=len(x), hessian=hessian)
     weight = torch.randn(64, 96)
     with_it = encode(weight, config, known).error
-    monkeypatch.setattr(annealing, "_kernel", lambda device: None)
+    monkeypatch.setattr(annealing, "_kernel", lambda *of: None)
     assert with_it < 0.99 * encode(weight, config, known).error
 
 
@@ -141,6 +152,7 @@ def test_noise_is_even_and_fades():
     assert torch.equal(noise(102, diagonal), noise(102, diagonal))
 
 
+@needs_library
 @pytest.mark.parametrize("index", range(9))
 def test_parts_that_do_not_fit_are_rejected(index):
     parts = parts_of(*problem(20, 6, 16), 3)
@@ -149,8 +161,63 @@ def test_parts_that_do_not_fit_are_rejected(index):
             compiled.anneal(*parts[:index], wrong, *parts[index + 1 :])
 
 
+@needs_library
 def test_outputs_must_be_contiguous():
     parts = parts_of(*problem(20, 6, 16), 3)
     parts[2] = parts[2].t().contiguous().t()
     with pytest.raises(ValueError, match="contiguous"):
         compiled.anneal(*parts)
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    return run_in_interpreter(HELPER)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["codes", "growth", "values", "pull", "again", "check"])
+def test_the_gpu_kernel_is_plain_annealing(results, kind):
+    mine = [r for r in results if r["kind"] == kind]
+    assert mine
+    assert not [r for r in mine if not r["ratio"] <= 1]
+
+
+@needs_triton
+def test_damages_are_noticed(results):
+    mine = [r for r in results if r["kind"] == "broken"]
+    assert len(mine) == 8
+    assert not [r for r in mine if not r["ratio"] > 1]
+
+
+@needs_triton
+def test_the_gpu_binding_rejects_what_does_not_fit():
+    from aaac_ao.kernels import annealing as kernel
+
+    parts = parts_of(*problem(20, 6, 16), 3)
+    for index in range(9):
+        with pytest.raises(ValueError, match="must be"):
+            kernel.anneal(*parts[:index], parts[index].double(), *parts[index + 1 :])
+    with pytest.raises(ValueError, match="group_size"):
+        kernel.anneal(*parts[:9], 512)
+
+
+@needs_triton
+def test_a_gpu_kernel_that_differs_or_fails_is_not_used(monkeypatch):
+    from aaac_ao.kernels import annealing as kernel
+    from aaac_ao.kernels import verify
+
+    monkeypatch.setattr(verify, "fast_is_right", lambda variant, _, both: verify._compare(variant, both))
+    broken = lambda *parts: sweep_columns(*parts[:5], 0 * parts[5], *parts[6:])  # noqa: E731
+    for run, right in ((sweep_columns, True), (broken, False), (None, False)):
+        monkeypatch.setattr(kernel, "anneal", run)
+        assert annealing._is_right(kernel, torch.device("cpu"), 20, 16) == right
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("columns", "group_size"), [(600, 16), (300, 128), (64, 64)])
+def test_the_gpu_anneals_as_well_as_pytorch(columns, group_size, caplog):
+    run = annealing._kernel(torch.device("cuda"), columns, group_size)
+    error, expected = annealing.errors_of_both(run, torch.device("cuda"), columns, group_size)
+    assert torch.allclose(error, expected, rtol=0.01)
+    assert not caplog.records

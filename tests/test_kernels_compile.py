@@ -85,6 +85,21 @@ def test_rounding(capability, columns, group_size):
     assert not [line for loop in columns_loops for line in loop if line.startswith(("LDL", "STL"))]
 
 
+@pytest.mark.parametrize("capability", [*CAPABILITIES, 100])
+@pytest.mark.parametrize("columns", [16, 64, 4096])
+def test_annealing(capability, columns):
+    """As rounding: registers spill outside of the loop over columns at most."""
+    compiled = sass.compile_annealing(capability, columns, 16)
+    assert compiled.metadata.shared <= 1024
+    assert "mma" not in compiled.asm["ptx"]
+    assert sass.resources(compiled.asm["cubin"])[1] <= 64
+    loops = sass.loops(sass.tool("nvdisasm", compiled.asm["cubin"]))
+    columns_loops = [loop for loop in loops if any(instruction.startswith("FFMA") for instruction in loop)]
+    assert columns_loops
+    inner = min(columns_loops, key=len)
+    assert not [line for line in inner if line.startswith(("LDL", "STL"))]
+
+
 def test_without_factors_bias_and_splits():
     assert compile_exact(1, 90, 128, act_ptr=None, bias_ptr=None, partial_ptr=None).asm["cubin"]
 

@@ -9,6 +9,7 @@ As in `feedback`, everything is laid out [K, N], transposed against the weight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -22,6 +23,9 @@ TEMPERATURE = 0.1
 #: Sweeps without noise, at the end.
 COLD_SWEEPS = 2
 _SEED = 0
+
+#: `sweep_columns`, or a kernel that does the same.
+Sweep = Callable[..., torch.Tensor]
 
 
 def sweeps_of(columns: int) -> int:
@@ -45,7 +49,7 @@ def anneal(
         Codes [K, N] uint8; the error (w_n - q_n)^T H (w_n - q_n) of no row is larger. The same for the same input,
         whatever the number of threads.
     """
-    run = _kernel(weight.device)
+    run = _kernel(weight.device, len(weight), grid.group_size)
     if run is None:
         return codes
     values, new = grid.values(codes), codes.clone(memory_format=torch.contiguous_format)
@@ -59,11 +63,53 @@ def anneal(
     return torch.where(grew < 0, new, codes)
 
 
-def _kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """What does the work of `sweep_columns` there, or None."""
+def _kernel(device: torch.device, columns: int, group_size: int) -> Sweep | None:
+    """What does the work of `sweep_columns` for weights of so many columns there, or None."""
     from aaac_ao.kernels.cpu import rounding as compiled
 
-    return compiled.anneal if device.type == "cpu" and compiled.library() is not None else None
+    if device.type == "cpu":
+        return None if compiled.library() is None else compiled.anneal
+    if device.type != "cuda":
+        return None
+    try:
+        from aaac_ao.kernels import annealing as kernel
+    except ImportError:  # no Triton
+        return None
+    return kernel.anneal if _is_right(kernel, device, columns, group_size) else None
+
+
+def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size: int) -> bool:
+    """Whether the kernel, as compiled for such weights, does what PyTorch does; checked once on every device."""
+    from aaac_ao.kernels import verify
+
+    columns = kernel.tiles(columns, group_size)["COLUMNS"]
+    return verify.fast_is_right(
+        ("annealing", columns), device, lambda: errors_of_both(kernel.anneal, device, columns + 40, 16)
+    )
+
+
+def errors_of_both(
+    run: Sweep, device: torch.device, columns: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel and PyTorch make of random rows: [1, 2], their error, and by how much it grew."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows, groups = 30, -(-columns // group_size)
+    draw = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
+    x, weight = draw(2 * columns, columns), draw(columns, rows)
+    hessian, books = x.t() @ x / len(x), draw(2, 16).sort(dim=1).values
+    scale, selector = draw(groups, rows).abs() + 0.1, (draw(groups, rows) > 0).to(torch.uint8)
+    grid = Grid(scale, selector, books, group_size)
+    codes = (draw(columns, rows).abs() * 6).clamp(max=15).to(torch.uint8)
+    results = []
+    for path in (run, sweep_columns):
+        new, values = codes.clone(), grid.values(codes)
+        pushes = noise(COLD_SWEEPS + 2, hessian.diagonal())
+        grew = path(
+            values, new, hessian @ (values - weight), hessian, pushes, scale[0], books, scale, selector, group_size
+        )
+        lost = grid.values(new) - weight
+        results.append(torch.stack([((hessian @ lost) * lost).sum(), grew.sum()])[None])
+    return results[0], results[1]
 
 
 def noise(sweeps: int, diagonal: torch.Tensor) -> torch.Tensor:
