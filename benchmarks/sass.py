@@ -140,7 +140,7 @@ def compile_kernel(
         **dict.fromkeys(("candidates_ptr", "scales_ptr", "errors_ptr", "values_ptr", "pull_ptr"), "*fp32"),
         **dict.fromkeys(("noise_ptr", "heat_ptr", "growth_ptr", "moves_ptr"), "*fp32"),
         **dict.fromkeys(("codes_ptr", "selector_ptr"), "*u8"),
-        "ends_ptr": "*i32",
+        **dict.fromkeys(("ends_ptr", "offset_ptr"), "*i32"),
     }
     if group_size != 16 and "per_tensor_scale_ptr" in kernel.arg_names:
         constants["per_tensor_scale_ptr"] = None

@@ -17,23 +17,25 @@ from .rounding import MAX_OFFSET, _middles, _nearest, _put, _reciprocal, _weight
 #: Rows of a program, which is one warp.
 ROWS = 4
 #: Arguments of any value and alignment: there is one kernel for each size of the tile, which is the one checked.
-SIZES = ["N", "K", "B", "group_size"]
+SIZES = ["N", "K", "B", "start", "group_size"]
 INPUTS = ["values_ptr", "codes_ptr", "pull_ptr", "metric_ptr", "noise_ptr", "scales_ptr", "selector_ptr"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INPUTS)
 def annealing_kernel(
     values_ptr, codes_ptr, pull_ptr, metric_ptr, noise_ptr, heat_ptr, books_ptr, scales_ptr, selector_ptr,
-    growth_ptr, moves_ptr, N, K, B, group_size, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    offset_ptr, growth_ptr, moves_ptr, N, K, B, start, group_size, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One sweep over the B columns of a block; `moves_ptr` [B, N] gets how far they moved.
 
-    `metric_ptr` is where the block stands on the diagonal of H [K, K]; the others are where it begins.
+    `metric_ptr` is where the block stands on the diagonal of H [K, K], `noise_ptr` [K] is that of the sweep; the others
+    are where the block begins, at the column `start`.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     own = rows < N
     heat = tl.load(heat_ptr + rows, mask=own, other=0.0)
+    offset = start + tl.load(offset_ptr + rows, mask=own, other=0)
     growth = tl.load(growth_ptr + rows, mask=own, other=0.0)
     moved = tl.zeros([COLUMNS, ROWS], tl.float32)
     for first in range(0, B, group_size):
@@ -46,7 +48,8 @@ def annealing_kernel(
             pull = tl.load(pull_ptr + i * N + rows, mask=own, other=0.0)
             pull += _weighted_sum(metric_ptr + i * K, columns, columns < B, moved)
             value = tl.load(values_ptr + i * N + rows, mask=own, other=0.0)
-            wanted = value - pull * (1.0 / weight) + heat * tl.load(noise_ptr + i)
+            push = tl.load(noise_ptr + (offset + i) % K)
+            wanted = value - pull * (1.0 / weight) + heat * push * (1.0 / tl.sqrt(weight))
             code, entry = _nearest(wanted * inverse, books_ptr, book, middles)
             move = entry * scale - value
             growth += move * (2.0 * pull + move * weight)
@@ -67,6 +70,7 @@ def anneal(
     codebooks: torch.Tensor,
     scale: torch.Tensor,
     selector: torch.Tensor,
+    offset: torch.Tensor,
     group_size: int,
 ) -> torch.Tensor:
     """By how much the errors of rows grew, [N] fp32; see `aaac_ao.encode.annealing.sweep_columns`.
@@ -80,14 +84,14 @@ def anneal(
         raise ValueError(f"group_size must be from 1 to {MOST_COLUMNS}, got {group_size}")
     groups = -(-columns // group_size)
     inputs = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
-    check_parts(columns, rows, groups, values.device, **outputs, **inputs, selector=selector)
+    check_parts(columns, rows, groups, values.device, **outputs, **inputs, selector=selector, offset=offset)
     if not all(part.is_contiguous() for part in outputs.values()):
         raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
     at_once = MOST_COLUMNS // group_size * group_size
     if max(rows, columns) * MOST_COLUMNS > MAX_OFFSET:
         raise ValueError(f"a weight of {columns} columns and {rows} rows is too large: split its rows")
-    metric, noise, heat, codebooks, scale, selector = (
-        part.contiguous() for part in (metric, noise, heat, codebooks, scale, selector)
+    metric, noise, heat, codebooks, scale, selector, offset = (
+        part.contiguous() for part in (metric, noise, heat, codebooks, scale, selector, offset % columns)
     )
     growth, moves = torch.zeros_like(heat), torch.empty(min(at_once, columns), rows, device=values.device)
     if rows == 0:
@@ -101,9 +105,9 @@ def anneal(
                 of_block = slice(start // group_size, None)
                 moved = moves[: block.stop - start]
                 annealing_kernel[grid](
-                    values[block], codes[block], pull[block], metric[block, block], pushes[block], heat, codebooks,
-                    scale[of_block], selector[of_block], growth, moved, rows, columns, len(moved), group_size,
-                    **constants,
+                    values[block], codes[block], pull[block], metric[block, block], pushes, heat, codebooks,
+                    scale[of_block], selector[of_block], offset, growth, moved,
+                    rows, columns, len(moved), start, group_size, **constants,
                 )  # fmt: skip
                 pull.addmm_(metric[:, block], moved)
     return growth

@@ -19,14 +19,16 @@ def check_parts(columns: int, rows: int, groups: int, device: torch.device, **pa
         parts: what `round_block` and `sweep_columns` of `aaac_ao.encode` take.
 
     Raises:
-        ValueError: a part that is not fp32 (codes and selectors: uint8), has another shape or lies elsewhere.
+        ValueError: a part that is not fp32 (codes and selectors: uint8, offsets: int32), has another shape or lies
+            elsewhere.
     """
     shapes = dict.fromkeys(("factor", "metric", "root"), (columns, columns))
     shapes |= dict.fromkeys(("target", "values", "codes", "pull"), (columns, rows))
     shapes |= dict.fromkeys(("scale", "selector"), (groups, rows)) | {"candidates": (None, groups, rows)}
-    shapes |= {"codebooks": (2, 16), "noise": (None, columns), "heat": (rows,)}
+    shapes |= {"codebooks": (2, 16), "noise": (None, columns), "heat": (rows,), "offset": (rows,)}
+    dtypes = {"codes": torch.uint8, "selector": torch.uint8, "offset": torch.int32}
     for name, tensor in parts.items():
-        dtype = torch.uint8 if name in ("codes", "selector") else torch.float32
+        dtype = dtypes.get(name, torch.float32)
         shape = tuple(size if size is not None else len(tensor) for size in shapes[name])
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(

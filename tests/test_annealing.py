@@ -10,7 +10,7 @@ from interpreter import run_in_interpreter
 
 from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import annealing, encode
-from aaac_ao.encode.annealing import anneal, noise, sweep_columns, sweeps_of
+from aaac_ao.encode.annealing import anneal, noise, offsets, sweep_columns, sweeps_of
 from aaac_ao.encode.feedback import Grid
 from aaac_ao.kernels.cpu import rounding as compiled
 
@@ -41,9 +41,9 @@ def errors_of(weight, hessian, grid, codes) -> torch.Tensor:
 def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
     """What a kernel is called with."""
     values = grid.values(codes)
-    pull, pushes = hessian @ (values - weight), noise(sweeps, hessian.diagonal())
+    pull, pushes = hessian @ (values - weight), noise(sweeps, len(weight), weight.device)
     parts = [values, codes.clone(), pull, hessian, pushes, torch.rand(codes.shape[1])]
-    return [*parts, grid.codebooks, grid.scale, grid.selector, grid.group_size]
+    return [*parts, grid.codebooks, grid.scale, grid.selector, offsets(weight), grid.group_size]
 
 
 @needs_library
@@ -141,24 +141,41 @@ def test_fewer_sweeps_of_wide_rows():
 
 
 def test_noise_is_even_and_fades():
-    diagonal = torch.rand(500) + 0.5
-    drawn = noise(102, diagonal) * diagonal.sqrt()
+    drawn = noise(102, 500, torch.device("cpu"))
     assert drawn.abs().max() <= 1
     assert abs(drawn.mean()) < 0.02
     fading = drawn[:100].square().mean(1) - (1 - torch.arange(100) / 100) / 3  # evenly, in mean squares
     assert fading.abs().max() < 0.1
     assert not drawn[-annealing.COLD_SWEEPS :].any()
     assert drawn[0].unique().numel() > 490
-    assert torch.equal(noise(102, diagonal), noise(102, diagonal))
+    assert torch.equal(noise(102, 500, torch.device("cpu")), drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_read_the_noise_from_different_places(dtype):
+    weight = torch.randn(256, 300).to(dtype).float()
+    places = offsets(weight)
+    assert 0 <= places.min() <= places.max() < 256
+    assert places.unique().numel() > 100
+    assert torch.equal(offsets(weight[:, 7:20]), places[7:20])
 
 
 @needs_library
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_parts_that_do_not_fit_are_rejected(index):
     parts = parts_of(*problem(20, 6, 16), 3)
     for wrong in (parts[index].double(), parts[index][None]):
         with pytest.raises(ValueError, match=r"must be|contiguous"):
             compiled.anneal(*parts[:index], wrong, *parts[index + 1 :])
+
+
+@needs_library
+def test_offsets_must_be_columns():
+    parts = parts_of(*problem(20, 6, 16), 3)
+    for wrong in (20, -1):
+        parts[9][3] = wrong
+        with pytest.raises(ValueError, match="from 0 to 19"):
+            compiled.anneal(*parts)
 
 
 @needs_library
@@ -185,7 +202,7 @@ def test_the_gpu_kernel_is_plain_annealing(results, kind):
 @needs_triton
 def test_damages_are_noticed(results):
     mine = [r for r in results if r["kind"] == "broken"]
-    assert len(mine) == 8
+    assert len(mine) == 9
     assert not [r for r in mine if not r["ratio"] > 1]
 
 
@@ -194,11 +211,11 @@ def test_the_gpu_binding_rejects_what_does_not_fit():
     from aaac_ao.kernels import annealing as kernel
 
     parts = parts_of(*problem(20, 6, 16), 3)
-    for index in range(9):
+    for index in range(10):
         with pytest.raises(ValueError, match="must be"):
             kernel.anneal(*parts[:index], parts[index].double(), *parts[index + 1 :])
     with pytest.raises(ValueError, match="group_size"):
-        kernel.anneal(*parts[:9], 512)
+        kernel.anneal(*parts[:10], 512)
 
 
 @needs_triton

@@ -57,8 +57,8 @@ def anneal(
     pull = hessian @ lost
     error = (pull * lost).sum(0).clamp(min=0)
     heat = (3 * TEMPERATURE / len(weight) * error).sqrt()  # noise that is even in -a .. a has the mean square a^2 / 3
-    pushes = noise(sweeps_of(len(weight)) if sweeps is None else sweeps, hessian.diagonal())
-    fixed = (grid.codebooks, grid.scale, grid.selector, grid.group_size)
+    pushes = noise(sweeps_of(len(weight)) if sweeps is None else sweeps, len(weight), weight.device)
+    fixed = (grid.codebooks, grid.scale, grid.selector, offsets(weight), grid.group_size)
     grew = run(values, new, pull, hessian, pushes, heat, *fixed)
     return torch.where(grew < 0, new, codes)
 
@@ -103,24 +103,39 @@ def errors_of_both(
     results = []
     for path in (run, sweep_columns):
         new, values = codes.clone(), grid.values(codes)
-        pushes = noise(COLD_SWEEPS + 2, hessian.diagonal())
+        pushes = noise(COLD_SWEEPS + 2, columns, device)
         grew = path(
-            values, new, hessian @ (values - weight), hessian, pushes, scale[0], books, scale, selector, group_size
+            values,
+            new,
+            hessian @ (values - weight),
+            hessian,
+            pushes,
+            scale[0],
+            books,
+            scale,
+            selector,
+            offsets(weight),
+            group_size,
         )
         lost = grid.values(new) - weight
         results.append(torch.stack([((hessian @ lost) * lost).sum(), grew.sum()])[None])
     return results[0], results[1]
 
 
-def noise(sweeps: int, diagonal: torch.Tensor) -> torch.Tensor:
-    """[sweeps, K] fp32: even between -1 and 1 at first, then less and less, over the root of H's diagonal [K].
-
-    The same numbers every time and for all rows, which are problems of their own.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.rand(sweeps, len(diagonal), generator=generator) * 2 - 1
+def noise(sweeps: int, columns: int, device: torch.device) -> torch.Tensor:
+    """[sweeps, K] fp32: even between -1 and 1 at first, then less and less; the same numbers every time."""
+    drawn = torch.rand(sweeps, columns, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
     shares = (1 - torch.arange(sweeps) / max(1, sweeps - COLD_SWEEPS)).clamp(min=0).sqrt()
-    return (drawn * shares[:, None]).to(diagonal.device) * diagonal.rsqrt()
+    return (drawn * shares[:, None]).to(device)
+
+
+def offsets(weight: torch.Tensor) -> torch.Tensor:
+    """[N] int32, where rows begin to read the noise: by their first weight, so that chunks of rows do not show.
+
+    Rows with the same noise would tend to the same errors, which may add up in what the model predicts.
+    """
+    bits = weight[0].contiguous().view(torch.int32).long()
+    return ((bits * 0x9E3779B1 >> 16 & 0x7FFFFFFF) % len(weight)).to(torch.int32)
 
 
 def sweep_columns(
@@ -133,6 +148,7 @@ def sweep_columns(
     codebooks: torch.Tensor,
     scale: torch.Tensor,
     selector: torch.Tensor,
+    offset: torch.Tensor,
     group_size: int,
 ) -> torch.Tensor:
     """The sweeps as the kernels do them, in PyTorch: slow, and there to check the kernels.
@@ -142,11 +158,13 @@ def sweep_columns(
         codes: [K, N] uint8; overwritten.
         pull: [K, N] fp32, H @ (values - weight); overwritten.
         metric: [K, K] fp32, H.
-        noise: [sweeps, K] fp32, what is added to the best value of a column, in units of the row's heat.
+        noise: [sweeps, K] fp32, what is added to the best value of a column, in units of the row's heat over the root
+            of H's diagonal.
         heat: [N] fp32 >= 0.
         codebooks: [2, 16] fp32, ascending.
         scale: [groups, N] fp32 >= 0.
         selector: [groups, N] uint8, 0 or 1.
+        offset: [N] int32, 0 .. K - 1: the column i of a row has the noise of column i + offset, which goes around.
         group_size: columns per group.
 
     Returns:
@@ -157,7 +175,8 @@ def sweep_columns(
     for pushes in noise:
         for i in range(columns):
             own, second = scale[i // group_size], selector[i // group_size].long()
-            wanted = values[i] - pull[i] / metric[i, i] + heat * pushes[i]
+            push = pushes[(offset + i) % columns] / metric[i, i].sqrt()
+            wanted = values[i] - pull[i] / metric[i, i] + heat * push
             codes[i] = (wanted * reciprocal(own) > middles[second].t()).sum(0)
             moved = codebooks[second, codes[i].long()] * own
             change = moved - values[i]

@@ -180,6 +180,7 @@ typedef struct {
     float *values, *pull, *growth; // in and out: values, half the gradient, and by how much the error rose
     uint8_t *codes;
     const float *metric, *noise, *heat, *scale; // noise [sweeps][columns]
+    const int32_t *offset;
     const uint8_t *selector;
     int64_t rows;
     int columns, group_size, sweeps;
@@ -208,15 +209,22 @@ EVERY_ISA static void anneal_rows(void *job, int64_t index) {
         value[i] = load(a->values + i * a->rows + row, lanes);
         pull[i] = load(a->pull + i * a->rows + row, lanes);
     }
+    int at[LANES] = {0}; // where the rows are in the noise
+    for (int lane = 0; lane < lanes; lane++) at[lane] = a->offset[row + lane];
     for (int sweep = 0; sweep < a->sweeps; sweep++) {
         const float *noise = a->noise + (int64_t)sweep * columns;
         for (int i = 0; i < columns; i++) {
+            Floats push;
+            for (int lane = 0; lane < LANES; lane++) {
+                push[lane] = noise[at[lane]];
+                at[lane] = at[lane] + 1 < columns ? at[lane] + 1 : 0;
+            }
             const int64_t group = i / a->group_size;
             const Floats scale = load(a->scale + group * a->rows + row, lanes), inverse = reciprocal(scale);
             Ints second = {0}, code;
             for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group * a->rows + row + lane];
             const float *row_of = a->metric + (int64_t)i * columns;
-            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * noise[i];
+            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * push * (1.0f / sqrtf(row_of[i]));
             const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
             const Floats step = moved - value[i];
             if (!any(step != 0)) continue;
@@ -237,8 +245,8 @@ EVERY_ISA static void anneal_rows(void *job, int64_t index) {
 // Sizes and layouts are checked by the caller. Returns 0, or 1 without memory: then some rows are as they were.
 __attribute__((visibility("default"))) int
 aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth, const float *metric, const float *noise,
-            const float *heat, const float *books, const float *scale, const uint8_t *selector, int64_t rows, int columns,
-            int group_size, int sweeps, int threads) {
+            const float *heat, const float *books, const float *scale, const uint8_t *selector, const int32_t *offset,
+            int64_t rows, int columns, int group_size, int sweeps, int threads) {
     Anneal job = {.values = values,
                   .pull = pull,
                   .growth = growth,
@@ -248,6 +256,7 @@ aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth, const flo
                   .heat = heat,
                   .scale = scale,
                   .selector = selector,
+                  .offset = offset,
                   .rows = rows,
                   .columns = columns,
                   .group_size = group_size,

@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_round_block.restype = None
-    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 4
+    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 4
     found.aaac_anneal.restype = ctypes.c_int
     return found
 
@@ -87,6 +87,7 @@ def anneal(
     codebooks: torch.Tensor,
     scale: torch.Tensor,
     selector: torch.Tensor,
+    offset: torch.Tensor,
     group_size: int,
 ) -> torch.Tensor:
     """By how much the errors of rows grew, [N] fp32; see `aaac_ao.encode.annealing.sweep_columns`.
@@ -100,11 +101,13 @@ def anneal(
         raise ValueError(f"group_size must be positive, got {group_size}")
     groups = -(-columns // group_size)
     inputs = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
-    check_parts(columns, rows, groups, torch.device("cpu"), **outputs, **inputs, selector=selector)
+    check_parts(columns, rows, groups, torch.device("cpu"), **outputs, **inputs, selector=selector, offset=offset)
     if not all(part.is_contiguous() for part in outputs.values()):
         raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
+    if rows and not 0 <= int(offset.min()) <= int(offset.max()) < columns:
+        raise ValueError(f"offset must be from 0 to {columns - 1}, got {int(offset.min())} to {int(offset.max())}")
     gain = torch.zeros(rows)
-    parts = [part.contiguous() for part in (*inputs.values(), selector)]
+    parts = [part.contiguous() for part in (*inputs.values(), selector, offset)]
     pointers = [part.data_ptr() for part in (*outputs.values(), gain, *parts)]
     sizes = (rows, columns, group_size, len(noise), torch.get_num_threads())
     if library().aaac_anneal(*pointers, *sizes):
