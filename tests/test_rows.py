@@ -42,8 +42,8 @@ def test_the_factor_is_one():
 def test_targets_minimise_the_error_of_the_rows_that_follow():
     """With errors of some rows fixed, the target of a later row is its best value while all behind it are free."""
     n, k = 40, 6
-    weight, metric = torch.randn(n, k), OutputMetric(random_metric(n))
-    rows, order = CoupledRows(weight, metric), metric.order
+    weight, metric, hessian = torch.randn(n, k), OutputMetric(random_metric(n)), torch.diag(torch.rand(k) + 0.1)
+    rows, order = CoupledRows(weight, metric, hessian), metric.order
     chunks = list(rows.chunks())
     assert torch.equal(torch.cat(chunks), order)
     first, second = chunks[0], chunks[1]
@@ -58,13 +58,19 @@ def test_targets_minimise_the_error_of_the_rows_that_follow():
     assert torch.allclose(move, -best[: len(second)], atol=1e-3)
 
     errors = torch.randn(n, k)
-    rows = CoupledRows(weight, metric)
+    rows = CoupledRows(weight, metric, hessian)
     rows.again(lambda chunk: weight[chunk] - errors[chunk])
     for chunk in rows.chunks():
         others = torch.ones(n, dtype=torch.bool)
         others[chunk] = False
         move = torch.linalg.solve(m[chunk][:, chunk], m[chunk][:, others] @ errors[others].double())
-        assert torch.allclose(rows.target(chunk).double(), weight[chunk].double() + move, atol=1e-3)
+        target = rows.target(chunk)
+        assert torch.allclose(target.double(), weight[chunk].double() + move, atol=1e-3)
+        changed = errors.clone()
+        changed[chunk] += torch.randn(len(chunk), k) * 0.3
+        old, new = (torch.trace(m @ e.double() @ hessian.double() @ e.double().T) for e in (errors, changed))
+        lost = [target - (weight - e)[chunk] for e in (errors, changed)]
+        assert rows.better(chunk, *lost) == bool(new < old)
 
 
 def test_output_error_is_the_trace():
@@ -89,6 +95,16 @@ def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
     errors = [exact_error(weight, e, group_size, statistics.hessian, metric.matrix) for e in (nearest, plain, coupled)]
     assert errors[2] < 0.85 * errors[1] < 0.85 * errors[0]
     assert float(coupled.error) == pytest.approx(errors[2], rel=1e-3)
+
+
+def test_a_second_pass_over_coupled_rows_loses_less(monkeypatch):
+    weight, statistics = torch.randn(64, 96), statistics_of(correlated(500, 96))
+    metric, config, errors = OutputMetric(random_metric(64, 9.0)), AAACConfig("int4", 32, rounding="gptq"), []
+    for passes in (1, 2):
+        monkeypatch.setattr(CoupledRows, "passes", passes)
+        encoding = encode(weight, config, statistics, output_metric=metric)
+        errors.append(exact_error(weight, encoding, 32, statistics.hessian, metric.matrix))
+    assert errors[1] < 0.995 * errors[0]
 
 
 def test_a_metric_without_couplings_changes_little():

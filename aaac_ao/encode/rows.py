@@ -89,6 +89,11 @@ class Rows:
         count: rows of a chunk.
     """
 
+    #: How often the rows are gone through once more.
+    passes = 1
+    #: Whether a step that is good for every row may be bad for all of them.
+    joint = False
+
     def __init__(self, weight: torch.Tensor, count: int) -> None:
         self.weight, self.count = weight, count
 
@@ -113,11 +118,15 @@ class CoupledRows(Rows):
     Args:
         weight: [N, K] of any float dtype, the target.
         metric: of the outputs.
+        hessian: [K, K] fp32, of the inputs.
     """
 
-    def __init__(self, weight: torch.Tensor, metric: OutputMetric) -> None:
+    #: The second time, all rows have heard of all others as they are in the end.
+    passes = 2
+
+    def __init__(self, weight: torch.Tensor, metric: OutputMetric, hessian: torch.Tensor) -> None:
         super().__init__(weight, max(COUPLED_ROWS, -(-len(weight) // MOST_TURNS)))
-        self.metric = metric
+        self.metric, self.hessian = metric, hessian
         self._errors = torch.zeros(weight.shape, device=weight.device)  # in the metric's order
         self._rounded = False
         self._place = torch.empty_like(metric.order)
@@ -144,6 +153,18 @@ class CoupledRows(Rows):
             pull = lower[:, :first] @ self._errors[:first]
             move = torch.linalg.solve_triangular(lower[:, first:behind], pull, upper=False)
         return self.weight[rows].float() + move
+
+    @property
+    def joint(self) -> bool:
+        """Once all rows are rounded, they are held against each other."""
+        return self._rounded
+
+    def better(self, rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
+        """Whether rows lose less together, given what they miss their targets by before and after a step, [rows, K]."""
+        places = self._place[rows]
+        own = self.metric.in_order[places[:, None], places]
+        old, new = (((own @ lost).double() * (lost @ self.hessian).double()).sum() for lost in (before, after))
+        return bool(new < old)
 
     def settle(self, rows: torch.Tensor, values: Callable[[], torch.Tensor]) -> None:
         """These rows are rounded; rows whose targets are asked for later hear of their errors."""

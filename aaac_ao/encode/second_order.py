@@ -151,7 +151,10 @@ class SecondOrder:
         if output_metric is None:
             rows, panels = _rows(weight), None
         else:  # many small chunks, which would each compute the metrics
-            rows, panels = CoupledRows(weight, output_metric), [Metric.of_panel(panel) for panel in factor]
+            rows, panels = (
+                CoupledRows(weight, output_metric, self.hessian),
+                [Metric.of_panel(panel) for panel in factor],
+            )
 
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
@@ -182,7 +185,8 @@ class SecondOrder:
         if config.codebooks == "learned":
             rounded = self._with_fitted_books(weight, rounded, config)
         rows.again(lambda some: _values(rounded, some, config))
-        _by_rows(rows, rounded, config, last)
+        for _ in range(rows.passes):
+            _by_rows(rows, rounded, config, last)
         rounded = self._with_error(weight, rounded, config, output_metric)
         return rounded if bool(rounded.error < start.error) else None, start.error
 
@@ -224,9 +228,12 @@ def _by_rows(
     codes, selector, scale = encoding.codes, encoding.selector, encoding.scale
     for rows in rows_in_turn.chunks():
         w, own = rows_in_turn.target(rows).t().contiguous(), encoding.codes[rows].t().contiguous()
-        grid, new = step(w, _grid_of(encoding, rows, config), own)
-        codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
-        rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
+        before = _grid_of(encoding, rows, config)
+        grid, new = step(w, before, own)
+        lost = [(w - of.values(c)).t() for of, c in ((before, own), (grid, new))] if rows_in_turn.joint else None
+        if lost is None or rows_in_turn.better(rows, *lost):
+            codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
+            rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
         del w, own  # or they would be there together with the next ones
 
 

@@ -28,9 +28,9 @@ def load(name: str) -> ctypes.CDLL | None:
         _warned.append(FOLDER)
         logger.warning(
             "the C library %s of aaac_ao %s: on the CPU, linear layers decode their weights at every call, which is up "
-            "to a hundred times slower, and second-order rounding takes about five times longer. Install a C compiler "
-            "(gcc or clang), then reinstall aaac_ao: pip install --force-reinstall --no-deps aaac_ao (or -e . in its "
-            "repository)",
+            "to a hundred times slower, and second-order rounding takes about five times longer and loses a little "
+            "more, as it goes without annealing. Install a C compiler (gcc or clang), then reinstall aaac_ao: pip "
+            "install --force-reinstall --no-deps aaac_ao (or -e . in its repository)",
             name,
             reason,
         )
