@@ -41,7 +41,7 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC gptq + fisher", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}),
 )
 #: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
-_REST = ("choice", "sweeps", "descent", "fit")
+_REST = ("choice", "sweeps", "descent", "fit", "annealing")
 ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
     ("two learned books", {"rounding": "nearest", "scale_search": False}, {}, ()),
     ("+ scale search", {"rounding": "nearest"}, {}, ()),
@@ -49,7 +49,8 @@ ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...
     ("+ scales and books chosen in it", {"rounding": "gptq"}, {"propagate": "original"}, _REST[1:]),
     ("+ descent inside blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[2:]),
     ("+ descent over blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[3:]),
-    ("+ least-squares books and scales", {"rounding": "gptq"}, {"propagate": "original"}, ()),
+    ("+ least-squares books and scales", {"rounding": "gptq"}, {"propagate": "original"}, _REST[4:]),
+    ("+ annealing", {"rounding": "gptq"}, {"propagate": "original"}, ()),
     ("+ corrected for layers before", {"rounding": "gptq"}, {"propagate": "quantized"}, ()),
     ("+ AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}, ()),
     ("+ fisher instead of AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}, ()),

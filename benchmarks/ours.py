@@ -27,6 +27,7 @@ STEPS: dict[str, Callable[[], None]] = {
     "sweeps": lambda: setattr(rounding, "SWEEPS", 0),
     "descent": lambda: setattr(second_order, "descend", lambda weight, hessian, grid, codes, *_: (grid, codes)),
     "fit": _leave_fits_out,
+    "annealing": lambda: setattr(second_order, "anneal", lambda weight, hessian, grid, codes: codes),
 }
 
 

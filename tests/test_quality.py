@@ -194,7 +194,7 @@ def test_our_script_hands_back_what_it_made(subject, monkeypatch):
 def test_steps_that_are_left_out_are_missed(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(quality.__file__).parent))
     ours = importlib.import_module("ours")
-    used = {name: getattr(second_order, name) for name in ("FEEDBACK_SCALES", "descend", "fit_scales")}
+    used = {name: getattr(second_order, name) for name in ("FEEDBACK_SCALES", "descend", "fit_scales", "anneal")}
     for module, name, value in (
         *((second_order, name, value) for name, value in used.items()),
         (rounding, "SWEEPS", rounding.SWEEPS),
@@ -203,12 +203,12 @@ def test_steps_that_are_left_out_are_missed(monkeypatch):
         monkeypatch.setattr(module, name, value)  # puts it back at the end
     x = torch.randn(600, 192) @ (torch.eye(192) + torch.randn(192, 192) / 192**0.5)
     weight, errors = torch.randn(128, 192), []
-    for step in (None, "fit", "descent", "sweeps", "choice"):
+    for step in (None, "annealing", "fit", "descent", "sweeps", "choice"):
         if step is not None:
             ours.STEPS[step]()
         statistics = Statistics(x.square().mean(0), len(x), x.T @ x / len(x))
         errors.append(float(encode(weight, AAACConfig(group_size=64, rounding="gptq"), statistics).error))
-    assert len(ours.STEPS) == 4
+    assert len(ours.STEPS) == 5
     assert all(more > 1.002 * fewer for fewer, more in zip(errors, errors[1:], strict=False))
 
 
