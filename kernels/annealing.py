@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rounded_blocks import MOST_COLUMNS, check_parts
+from .rounded_blocks import MOST_COLUMNS, check_annealing
 from .rounding import MAX_OFFSET, _middles, _nearest, _put, _reciprocal, _weighted_sum
 
 #: Rows of a program, which is one warp.
@@ -79,14 +79,12 @@ def anneal(
         ValueError: sizes, dtypes or devices that do not fit, outputs that are not contiguous, groups of more than
             `MOST_COLUMNS` columns, or tensors too large for 32-bit offsets.
     """
-    columns, rows, outputs = len(metric), len(heat), {"values": values, "codes": codes, "pull": pull}
-    if not 1 <= group_size <= MOST_COLUMNS:
-        raise ValueError(f"group_size must be from 1 to {MOST_COLUMNS}, got {group_size}")
-    groups = -(-columns // group_size)
-    inputs = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
-    check_parts(columns, rows, groups, values.device, **outputs, **inputs, selector=selector, offset=offset)
-    if not all(part.is_contiguous() for part in outputs.values()):
-        raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
+    columns, rows = len(metric), len(heat)
+    if group_size > MOST_COLUMNS:
+        raise ValueError(f"group_size must be at most {MOST_COLUMNS}, got {group_size}")
+    parts = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
+    parts |= {"values": values, "codes": codes, "pull": pull, "selector": selector, "offset": offset}
+    check_annealing(values.device, group_size, **parts)
     at_once = MOST_COLUMNS // group_size * group_size
     if max(rows, columns) * MOST_COLUMNS > MAX_OFFSET:
         raise ValueError(f"a weight of {columns} columns and {rows} rows is too large: split its rows")

@@ -35,3 +35,22 @@ def check_parts(columns: int, rows: int, groups: int, device: torch.device, **pa
                 f"{name} must be {dtype} {list(shape)} on {device}, got {tensor.dtype} {list(tensor.shape)} on "
                 f"{tensor.device}"
             )
+
+
+def check_annealing(device: torch.device, group_size: int, **parts: torch.Tensor) -> None:
+    """Reject what a kernel cannot anneal: `check_parts` for a whole weight, whose outputs it overwrites.
+
+    Args:
+        device: where all parts must be.
+        group_size: columns per group.
+        parts: all that `sweep_columns` of `aaac_ao.encode` takes.
+
+    Raises:
+        ValueError: as for `check_parts`, a group_size that is not positive, or outputs that are not contiguous.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    columns, rows = len(parts["metric"]), len(parts["heat"])
+    check_parts(columns, rows, -(-columns // group_size), device, **parts)
+    if not all(parts[name].is_contiguous() for name in ("values", "codes", "pull")):
+        raise ValueError("values, codes and pull must be contiguous, as they are overwritten")

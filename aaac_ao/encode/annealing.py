@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from aaac_ao.encode.feedback import Grid
+from aaac_ao.encode.rounding import triton_kernel
 from aaac_ao.encode.scales import reciprocal
 
 #: Additions in the sweeps of a row: K for every code that is set. Within these bounds it decides how many there are.
@@ -69,13 +70,8 @@ def _kernel(device: torch.device, columns: int, group_size: int) -> Sweep | None
 
     if device.type == "cpu":
         return None if compiled.library() is None else compiled.anneal
-    if device.type != "cuda":
-        return None
-    try:
-        from aaac_ao.kernels import annealing as kernel
-    except ImportError:  # no Triton
-        return None
-    return kernel.anneal if _is_right(kernel, device, columns, group_size) else None
+    kernel = triton_kernel("annealing") if device.type == "cuda" else None
+    return kernel.anneal if kernel is not None and _is_right(kernel, device, columns, group_size) else None
 
 
 def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size: int) -> bool:
@@ -100,23 +96,11 @@ def errors_of_both(
     scale, selector = draw(groups, rows).abs() + 0.1, (draw(groups, rows) > 0).to(torch.uint8)
     grid = Grid(scale, selector, books, group_size)
     codes = (draw(columns, rows).abs() * 6).clamp(max=15).to(torch.uint8)
-    results = []
+    pushes, fixed, results = noise(COLD_SWEEPS + 2, columns, device), (books, scale, selector, offsets(weight)), []
     for path in (run, sweep_columns):
         new, values = codes.clone(), grid.values(codes)
-        pushes = noise(COLD_SWEEPS + 2, columns, device)
-        grew = path(
-            values,
-            new,
-            hessian @ (values - weight),
-            hessian,
-            pushes,
-            scale[0],
-            books,
-            scale,
-            selector,
-            offsets(weight),
-            group_size,
-        )
+        pull = hessian @ (values - weight)
+        grew = path(values, new, pull, hessian, pushes, scale[0], *fixed, group_size)
         lost = grid.values(new) - weight
         results.append(torch.stack([((hessian @ lost) * lost).sum(), grew.sum()])[None])
     return results[0], results[1]

@@ -6,6 +6,7 @@ Everything here is laid out [columns, N], transposed against the weight: one inp
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -103,20 +104,19 @@ def round_block(
         ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
         parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates, ends)
         return Rounded(*compiled.round_block(target, *parts, SWEEPS))
-    kernel = _kernel() if target.is_cuda else None
+    kernel = triton_kernel("rounding") if target.is_cuda else None
     if kernel is not None and _is_right(kernel, target.device, len(target), max(sizes)):
         return round_with(kernel, target, metric, sizes, codebooks, candidates)
     return _round_block(target, metric, sizes, codebooks, candidates)
 
 
 @functools.cache
-def _kernel() -> ModuleType | None:
-    """The module of the Triton kernel, or None without Triton."""
+def triton_kernel(name: str) -> ModuleType | None:
+    """The module of a Triton kernel in `aaac_ao.kernels`, or None without Triton."""
     try:
-        from aaac_ao.kernels import rounding
+        return importlib.import_module(f"aaac_ao.kernels.{name}")
     except ImportError:
         return None
-    return rounding
 
 
 def round_with(

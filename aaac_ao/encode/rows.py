@@ -163,7 +163,7 @@ class CoupledRows(Rows):
         """Whether rows lose less together, given what they miss their targets by before and after a step, [rows, K]."""
         places = self._place[rows]
         own = self.metric.in_order[places[:, None], places]
-        old, new = (((own @ lost).double() * (lost @ self.hessian).double()).sum() for lost in (before, after))
+        old, new = (_error_under(own, lost, self.hessian) for lost in (before, after))
         return bool(new < old)
 
     def settle(self, rows: torch.Tensor, values: Callable[[], torch.Tensor]) -> None:
@@ -179,9 +179,13 @@ class CoupledRows(Rows):
 
 def output_error(error: torch.Tensor, hessian: torch.Tensor, metric: OutputMetric | None) -> torch.Tensor:
     """tr(M E H E^T), fp64 0-D, of errors E [N, K] fp32; without a metric M is the identity."""
+    return _error_under(None if metric is None else metric.matrix, error, hessian)
+
+
+def _error_under(matrix: torch.Tensor | None, error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64, device=error.device)
     for start in range(0, error.shape[1], _CHUNK_COLUMNS):
         columns = slice(start, start + _CHUNK_COLUMNS)
-        own = error[:, columns] if metric is None else metric.matrix @ error[:, columns]
+        own = error[:, columns] if matrix is None else matrix @ error[:, columns]
         total += ((error @ hessian[:, columns]).double() * own.double()).sum()
     return total

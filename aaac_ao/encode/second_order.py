@@ -151,10 +151,8 @@ class SecondOrder:
         if output_metric is None:
             rows, panels = _rows(weight), None
         else:  # many small chunks, which would each compute the metrics
-            rows, panels = (
-                CoupledRows(weight, output_metric, self.hessian),
-                [Metric.of_panel(panel) for panel in factor],
-            )
+            rows = CoupledRows(weight, output_metric, self.hessian)
+            panels = [Metric.of_panel(panel) for panel in factor]
 
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
@@ -234,7 +232,7 @@ def _by_rows(
         if lost is None or rows_in_turn.better(rows, *lost):
             codes[rows], selector[rows], scale[rows] = new.t(), grid.selector.t().bool(), grid.scale.t()
             rows_in_turn.settle(rows, lambda: grid.values(new).t())  # noqa: B023
-        del w, own  # or they would be there together with the next ones
+        del w, own, lost  # or they would be there together with the next ones
 
 
 def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float) -> Candidates:

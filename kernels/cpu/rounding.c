@@ -213,16 +213,20 @@ EVERY_ISA static void anneal_rows(void *job, int64_t index) {
     for (int lane = 0; lane < lanes; lane++) at[lane] = a->offset[row + lane];
     for (int sweep = 0; sweep < a->sweeps; sweep++) {
         const float *noise = a->noise + (int64_t)sweep * columns;
+        Floats scale = splat(0), inverse = scale;
+        Ints second = {0}, code;
         for (int i = 0; i < columns; i++) {
+            if (i % a->group_size == 0) {
+                const int64_t group = (int64_t)(i / a->group_size) * a->rows + row;
+                scale = load(a->scale + group, lanes);
+                inverse = reciprocal(scale);
+                for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group + lane];
+            }
             Floats push;
             for (int lane = 0; lane < LANES; lane++) {
                 push[lane] = noise[at[lane]];
                 at[lane] = at[lane] + 1 < columns ? at[lane] + 1 : 0;
             }
-            const int64_t group = i / a->group_size;
-            const Floats scale = load(a->scale + group * a->rows + row, lanes), inverse = reciprocal(scale);
-            Ints second = {0}, code;
-            for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group * a->rows + row + lane];
             const float *row_of = a->metric + (int64_t)i * columns;
             const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * push * (1.0f / sqrtf(row_of[i]));
             const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;

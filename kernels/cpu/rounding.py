@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from ..rounded_blocks import MOST_COLUMNS, check_parts
+from ..rounded_blocks import MOST_COLUMNS, check_annealing, check_parts
 from .library import load
 
 
@@ -97,19 +97,15 @@ def anneal(
         MemoryError: there is none for the rows that are at work.
     """
     columns, rows, outputs = len(metric), len(heat), {"values": values, "codes": codes, "pull": pull}
-    if group_size < 1:
-        raise ValueError(f"group_size must be positive, got {group_size}")
-    groups = -(-columns // group_size)
     inputs = {"metric": metric, "noise": noise, "heat": heat, "codebooks": codebooks, "scale": scale}
-    check_parts(columns, rows, groups, torch.device("cpu"), **outputs, **inputs, selector=selector, offset=offset)
-    if not all(part.is_contiguous() for part in outputs.values()):
-        raise ValueError("values, codes and pull must be contiguous, as they are overwritten")
+    inputs |= {"selector": selector, "offset": offset}
+    check_annealing(torch.device("cpu"), group_size, **outputs, **inputs)
     if rows and not 0 <= int(offset.min()) <= int(offset.max()) < columns:
         raise ValueError(f"offset must be from 0 to {columns - 1}, got {int(offset.min())} to {int(offset.max())}")
-    gain = torch.zeros(rows)
-    parts = [part.contiguous() for part in (*inputs.values(), selector, offset)]
-    pointers = [part.data_ptr() for part in (*outputs.values(), gain, *parts)]
+    growth = torch.zeros(rows)
+    parts = [part.contiguous() for part in inputs.values()]
+    pointers = [part.data_ptr() for part in (*outputs.values(), growth, *parts)]
     sizes = (rows, columns, group_size, len(noise), torch.get_num_threads())
     if library().aaac_anneal(*pointers, *sizes):
         raise MemoryError(f"no memory for annealing rows of {columns} columns")
-    return gain
+    return growth
