@@ -261,8 +261,11 @@ def _quantise_from_file(
     report: Callable,
     strict: bool,
 ) -> None:
-    if options.config.rounding == "gptq" and not file.full:
-        raise ValueError(f"{file.path} holds diagonals only, and rounding='gptq' needs full=True in collect_statistics")
+    rounding = options.config.rounding
+    if options.config.needs_hessian and not file.full:
+        raise ValueError(
+            f"{file.path} holds diagonals only, and rounding={rounding!r} needs full=True in collect_statistics"
+        )
     missing = [name for name in layers if name not in file.layers]
     if missing and (strict or len(missing) == len(layers)):
         raise_problems(dict.fromkeys(missing, f"{file.path} has no statistics of it"))

@@ -81,7 +81,9 @@ def quantize(
     format: Annotated[str, typer.Option(help="int4 (bf16 scales) or nvfp4 (E4M3 scales, groups of 16).")] = "int4",
     group_size: Annotated[int | None, typer.Option(help="int4: 128 (default), 64, 32; nvfp4: 16.")] = None,
     codebooks: Annotated[str, typer.Option(help="learned, int4, fp4, nf4, bof4, bof4-s or if4.")] = "learned",
-    rounding: Annotated[str, typer.Option(help="auto: gptq with --calibration, nearest without.")] = "auto",
+    rounding: Annotated[
+        str, typer.Option(help="gptq, gptq-fast, nearest; auto: gptq with --calibration, nearest without.")
+    ] = "auto",
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file to calibrate on; repeat for more. Without one: no data.")
     ] = None,

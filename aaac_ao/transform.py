@@ -105,10 +105,10 @@ def problem_with(weight: torch.Tensor, config: AAACConfig) -> str | None:
     observed = isinstance(weight, ObserverTensor)
     if config.step is None and observed:
         return "is being observed: use step='convert'"
-    if config.step is None and config.rounding == "gptq":
-        return "rounding='gptq' needs data: use steps 'prepare' and 'convert', or calibrate_"
-    if config.step == "convert" and config.rounding == "gptq" and weight.hessian is None:
-        return "was prepared without rounding='gptq'"
+    if config.step is None and config.needs_hessian:
+        return f"rounding={config.rounding!r} needs data: use steps 'prepare' and 'convert', or calibrate_"
+    if config.step == "convert" and config.needs_hessian and weight.hessian is None:
+        return "was prepared with rounding='nearest', which does not gather what second-order rounding needs"
     try:
         check_weight(weight.hp_data if observed else weight, config)
         if config.step == "convert":

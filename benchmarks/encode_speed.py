@@ -31,7 +31,7 @@ LLAMA_8B_WEIGHTS = 6_979_321_856
 GPTQ, HQQ = "torchao GPTQ", "torchao int4 HQQ"
 OURS = {
     f"AAAC {rounding}, {name}": AAACConfig(**setting, rounding=rounding)
-    for rounding in ("nearest", "gptq")
+    for rounding in ("nearest", "gptq-fast", "gptq")
     for name, setting in {
         "nvfp4 g16": {"format": "nvfp4"},
         "int4 g64": {"group_size": 64},
@@ -52,7 +52,7 @@ def random_layer(size: int, device: str = "cpu") -> dict[str, torch.Tensor]:
 def our_seconds(layer: dict[str, torch.Tensor], config: AAACConfig, repeats: int) -> float:
     """Time to encode the layer, the factorisation of its Hessian included."""
     weight, hessian = layer["weight"], layer["hessian"]
-    full = hessian if config.rounding == "gptq" else None
+    full = hessian if config.needs_hessian else None
 
     def call() -> None:
         encoding = encode(weight, config, Statistics(hessian.diagonal().contiguous(), len(weight), full))

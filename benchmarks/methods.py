@@ -30,6 +30,7 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC nearest, no scale search", {"rounding": "nearest", "scale_search": False}, {}),
     ("AAAC nearest", {"rounding": "nearest"}, {}),
     ("AAAC nearest + awq", {"rounding": "nearest"}, {"awq": True}),
+    ("AAAC gptq-fast", {"rounding": "gptq-fast"}, {"propagate": "quantized"}),
     ("AAAC gptq, original inputs", {"rounding": "gptq"}, {"propagate": "original"}),
     (
         "AAAC gptq, original inputs, shared books",

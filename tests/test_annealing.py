@@ -12,6 +12,7 @@ from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import annealing, encode
 from aaac_ao.encode.annealing import anneal, noise, offsets, sweep_columns, sweeps_of
 from aaac_ao.encode.feedback import Grid
+from aaac_ao.kernels import cpu
 from aaac_ao.kernels.cpu import rounding as compiled
 
 HELPER = pathlib.Path(__file__).with_name("annealing_in_interpreter.py")
@@ -47,8 +48,10 @@ def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
 
 
 @needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS[: cpu.ISAS.index(cpu.best_isa() or "plain") + 1])
 @pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 5, 32), (7, 50, 64), (1, 3, 16)])
-def test_the_kernel_does_what_pytorch_does(columns, rows, group_size):
+def test_the_kernel_does_what_pytorch_does(columns, rows, group_size, isa, monkeypatch):
+    monkeypatch.setattr(cpu, "best_isa", lambda: isa)
     weight, hessian, grid, codes = problem(columns, rows, group_size)
     parts = parts_of(weight, hessian, grid, codes, 12)
     other = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]

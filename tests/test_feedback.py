@@ -107,8 +107,9 @@ def test_feedback_is_the_plain_algorithm(k, group_size, monkeypatch):
     hessian = damp(statistics_of(correlated(4 * k, k)).hessian, 0.01)
     order = Order.of_importance(hessian.diagonal(), group_size)
     candidates = lambda scale: torch.stack([scale, 0.9 * scale, 1.1 * scale])  # noqa: E731
-    factor = inverse_factor(hessian, order.columns, order.blocks(group_size), share=0.0)
-    chosen, codes = feedback(weight, order, factor, grid, candidates)
+    factor = inverse_factor(hessian, order.columns, order.blocks(), share=0.0)
+    chosen, codes, lost = feedback(weight, order, factor, grid, candidates)
+    assert torch.allclose(lost.double(), row_errors(weight, chosen.values(codes), hessian), rtol=1e-3)
     values, expected = chosen.values(codes), plain_feedback(weight, hessian, order, grid, candidates)
     # a single code at a midpoint may tip over by rounding, and the rest of its row with it
     rows = ((values - expected).abs() < 1e-5).all(0).double().mean()
@@ -208,6 +209,32 @@ def test_never_worse_than_nearest_where_little_is_to_be_gained(fmt, group_size, 
     assert errors[1] <= errors[0] * (1 + 1e-5)
 
 
+@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 32), ("int4", 128)])
+def test_the_fast_way_lies_between_nearest_and_the_whole(fmt, group_size):
+    weight, statistics = torch.randn(150, 300) * 0.02, statistics_of(correlated(1500, 300))
+    errors = []
+    for rounding in ("gptq", "gptq-fast", "nearest"):
+        encoding = encode(weight, AAACConfig(fmt, group_size, rounding=rounding), statistics)
+        errors.append(hessian_errors(encoding, weight, statistics.hessian, group_size).sum())
+        if rounding == "gptq-fast":
+            damped = hessian_errors(encoding, weight, damp(statistics.hessian, 0.01), group_size).sum()
+            assert float(encoding.error) == pytest.approx(float(damped), rel=1e-3)
+    assert errors[0] < errors[1] < 0.8 * errors[2]
+
+
+def test_the_fast_way_with_fixed_books_and_scales_is_the_plain_algorithm():
+    weight, statistics = torch.randn(9, 160), statistics_of(correlated(640, 160))
+    config = AAACConfig("int4", 32, codebooks="int4", scale_search=False, rounding="gptq-fast")
+    encoding, hessian = encode(weight, config, statistics), damp(statistics.hessian, 0.01)
+    grid = Grid(encoding.scale.t(), encoding.selector.t().to(torch.uint8), encoding.codebooks, 32)
+    order = Order.of_importance(hessian.diagonal(), 32)
+    expected = plain_feedback(weight.t(), hessian, order, grid, lambda scale: scale[None])
+    # a single code at a midpoint may tip over by rounding, and the rest of its row with it
+    assert ((grid.values(encoding.codes.t()) - expected).abs() < 1e-5).all(0).double().mean() > 0.7
+    rounded = encode(weight, AAACConfig("int4", 32, codebooks="int4", scale_search=False, rounding="nearest"))
+    assert torch.equal(encoding.scale, rounded.scale)
+
+
 def test_auto_is_second_order_exactly_where_there_is_a_hessian():
     weight, statistics = torch.randn(20, 64), statistics_of(correlated(300, 64))
     for given, rounding in ((statistics, "gptq"), (Statistics(statistics.second_moment, 300), "nearest")):
@@ -271,8 +298,9 @@ def test_chunks_of_rows_do_not_show(monkeypatch, codebooks):
     assert float(parts.error) == pytest.approx(float(whole.error), rel=0.02)
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-fast"])
 @pytest.mark.parametrize("case", ["dead channels", "duplicate channels", "few tokens", "zeros"])
-def test_degenerate_inputs(case):
+def test_degenerate_inputs(case, rounding):
     x = correlated(5 if case == "few tokens" else 300, 96)
     if case == "dead channels":
         x[:, ::3] = 0
@@ -282,7 +310,7 @@ def test_degenerate_inputs(case):
         x.zero_()
     weight = torch.randn(20, 96)
     weight[3] = 0
-    encoding = encode(weight, AAACConfig("int4", 32, rounding="gptq"), statistics_of(x))
+    encoding = encode(weight, AAACConfig("int4", 32, rounding=rounding), statistics_of(x))
     assert torch.isfinite(encoding.error)
     dense = AAACTensor.from_encoding(encoding, AAACConfig("int4", 32), torch.float32).dequantize()
     assert torch.isfinite(dense).all()
@@ -291,8 +319,9 @@ def test_degenerate_inputs(case):
 
 def test_bad_statistics():
     config, weight = AAACConfig("int4", 32, rounding="gptq"), torch.randn(8, 64)
-    with pytest.raises(ValueError, match="needs the full second moments"):
-        encode(weight, config)
+    for rounding in ("gptq", "gptq-fast"):
+        with pytest.raises(ValueError, match=f"rounding='{rounding}' needs the full second moments"):
+            encode(weight, AAACConfig("int4", 32, rounding=rounding))
     with pytest.raises(ValueError, match="needs the full second moments"):
         encode(weight, config, Statistics(torch.ones(64), 3))
     with pytest.raises(ValueError, match=r"\[64, 64\], got \[32, 32\]"):
@@ -310,14 +339,14 @@ def test_through_quantize_and_calibrate(tiny_llama):
     linear = nn.Linear(64, 32)
     quantize_(linear, AAACConfig(format="nvfp4", rounding="nearest", step="prepare"))
     linear(torch.randn(9, 64))
-    with pytest.raises(ValueError, match="was prepared without"):
+    with pytest.raises(ValueError, match="was prepared with rounding='nearest'"):
         quantize_(linear, AAACConfig(format="nvfp4", rounding="gptq", step="convert"))
     x = correlated(500, 64)
     models = []
-    for rounding in ("nearest", "gptq"):
+    for rounding in ("nearest", "gptq-fast", "gptq"):
         torch.manual_seed(0)
         linear = nn.Linear(64, 32)
         dense = linear(x)
         calibrate_(linear, AAACConfig(format="nvfp4", rounding=rounding), [x], progress=False)
         models.append((linear(x) - dense).square().mean())
-    assert models[1] < 0.8 * models[0]
+    assert models[2] < models[1] < 0.8 * models[0]

@@ -15,22 +15,23 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, t
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
+from aaac_ao.encode.rounding import BLOCK_COLUMNS
 from aaac_ao.encode.rows import OutputMetric
 from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
-from aaac_ao.encode.second_order import SecondOrder
+from aaac_ao.encode.second_order import FAST_CENTER, FAST_COLUMNS, SecondOrder
 from aaac_ao.formats import E4M3_MAX
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
 
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
-SAMPLE_WEIGHTS = 1 << 19
+SAMPLE_WEIGHTS, FAST_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
 #: result; accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
-REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2
+REFINE_ROUNDS, FAST_REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2, 2
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
 LEARNED_LARGEST_E4M3 = 352.0
 #: Share of the mean importance added to every channel, so that rarely active channels keep sensible codes.
@@ -51,13 +52,14 @@ class Statistics:
     tokens: int
     hessian: torch.Tensor | None = None
 
-    _derived: dict[int, SecondOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _derived: dict[tuple[int, int], SecondOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def second_order(self, group_size: int) -> SecondOrder:
+    def second_order(self, group_size: int, columns: int = BLOCK_COLUMNS) -> SecondOrder:
         """What second-order rounding derives from the Hessian, computed once for all layers with these inputs."""
-        if group_size not in self._derived:
-            self._derived[group_size] = SecondOrder(self.hessian.float(), group_size)
-        return self._derived[group_size]
+        key = (group_size, columns)
+        if key not in self._derived:
+            self._derived[key] = SecondOrder(self.hessian.float(), *key)
+        return self._derived[key]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def encode(
     The fixed grids stand as candidates: the result is never worse than any of them on this objective.
 
     With rounding="gptq", and with "auto" where the statistics hold a Hessian, the objective is the full
-    sum_n (w_n - q_n)^T H (w_n - q_n): see `second_order`. The result is never worse than the above on it.
+    sum_n (w_n - q_n)^T H (w_n - q_n): see `second_order`. The result is never worse than the above on it. With
+    "gptq-fast" the objective is the same, but codes and scales come from one pass, which is compared with nothing.
 
     Args:
         weight: [out_features, in_features] of any float dtype.
@@ -127,9 +130,16 @@ def encode(
         config.rounding == "auto" and (statistics is None or statistics.hessian is None)
     ):
         return _first_order(weight, importance, config)
-    _check_second_order(statistics, output_shift, output_metric, weight)
-    second_order = statistics.second_order(config.group_size)
+    _check_second_order(config, statistics, output_shift, output_metric, weight)
+    fast = config.rounding == "gptq-fast"
+    second_order = statistics.second_order(config.group_size, FAST_COLUMNS if fast else BLOCK_COLUMNS)
     target = second_order.target(weight, output_shift)
+    if fast:
+        start = _start(target, _importance_of(second_order.importance, config), config)
+        encoding = second_order.round_once(target, start, config)
+        if final:
+            second_order.forget_factor()
+        return encoding
     if final:  # the first-order encoder does without the factor, which takes less time than rounding with it
         second_order.forget_factor()
 
@@ -151,6 +161,21 @@ def encode(
 def _first_order(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -> Encoding:
     groups = _Groups(weight, config.group_size)
     return _best_encoding(groups, importance, config)
+
+
+def _start(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -> Encoding:
+    """Books, learned on fewer weights, and scales to begin with; no codes yet."""
+    groups, fmt = _Groups(weight, config.group_size), config.scale_format
+    if config.codebooks == "learned":
+        candidate = _learned(groups, importance, config, FAST_SAMPLE_WEIGHTS, FAST_REFINE_ROUNDS)
+    else:
+        candidate = _fixed(groups, importance, config, config.codebooks)
+    pts = fmt.per_tensor_scale(groups.amax, candidate.top, candidate.largest)
+    share = (FAST_CENTER if config.scale_search else 1.0) / candidate.top
+    scale = torch.cat([fmt.round(chunk.abs().amax(-1) * share, pts) for chunk in groups.chunks()])
+    codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    selector = torch.zeros(scale.shape, dtype=torch.bool, device=weight.device)
+    return Encoding(codes, selector, scale, candidate.books, pts, scale.new_zeros((), dtype=torch.float64))
 
 
 def check_weight(weight: torch.Tensor, config: AAACConfig) -> None:
@@ -198,9 +223,9 @@ class _Groups:
         for rows in self.weight.split(self.chunk_rows):
             yield self.cut(rows)
 
-    def sample(self) -> torch.Tensor:
-        """Evenly spaced rows, at most about `SAMPLE_WEIGHTS` weights."""
-        return self.cut(self.weight[:: ceil_div(self.rows * self.columns, SAMPLE_WEIGHTS)])
+    def sample(self, most: int) -> torch.Tensor:
+        """Evenly spaced rows, at most about so many weights."""
+        return self.cut(self.weight[:: ceil_div(self.rows * self.columns, most)])
 
 
 def _importance(weight: torch.Tensor, config: AAACConfig, statistics: Statistics | None) -> torch.Tensor:
@@ -232,6 +257,7 @@ def _checked_moment(statistics: Statistics, in_features: int) -> torch.Tensor:
 
 
 def _check_second_order(
+    config: AAACConfig,
     statistics: Statistics | None,
     output_shift: torch.Tensor | None,
     output_metric: OutputMetric | None,
@@ -239,7 +265,11 @@ def _check_second_order(
 ) -> None:
     n, k = weight.shape
     if statistics is None or statistics.hessian is None:
-        raise ValueError("rounding='gptq' needs the full second moments of calibration data; prepare the layer with it")
+        raise ValueError(
+            f"rounding={config.rounding!r} needs the full second moments of calibration data; prepare the layer with it"
+        )
+    if output_metric is not None and config.rounding == "gptq-fast":
+        raise ValueError("rounding='gptq-fast' cannot use an output metric; set rounding to 'gptq' or 'auto'")
     metric = None if output_metric is None else output_metric.matrix
     parts = (
         ("hessian", statistics.hessian, (k, k)),
@@ -278,7 +308,7 @@ def _best_encoding(groups: _Groups, importance: torch.Tensor, config: AAACConfig
     """With the fixed pair that is asked for, or with the best of the learned and all fixed ones."""
     if config.codebooks != "learned":
         return _assign(groups, importance, _fixed(groups, importance, config, config.codebooks), config)
-    learned = _learned(groups, importance, config)
+    learned = _learned(groups, importance, config, SAMPLE_WEIGHTS, REFINE_ROUNDS)
     hand_back_memory()
     best = _assign(groups, importance, learned, config)
     for name, bound in zip(FIXED_CODEBOOKS, _lower_bounds(groups, importance, config), strict=True):
@@ -306,14 +336,16 @@ def _lower_bounds(groups: _Groups, importance: torch.Tensor, config: AAACConfig)
     return total.tolist()
 
 
-def _learned(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> _Candidate:
+def _learned(
+    groups: _Groups, importance: torch.Tensor, config: AAACConfig, sample_weights: int, rounds: int
+) -> _Candidate:
     fmt = config.scale_format
     pts = fmt.per_tensor_scale(groups.amax, top=1.0, largest=LEARNED_LARGEST_E4M3)
-    sample = groups.sample()
+    sample = groups.sample(sample_weights)
     scale = fmt.round(sample.abs().amax(-1), pts)
     books = learned_start().float().to(sample.device).sort(dim=1).values
     books = lloyd(sample * reciprocal(scale)[..., None], scale, importance, books, config.iterations)
-    for _ in range(REFINE_ROUNDS if config.scale_search else 0):
+    for _ in range(rounds if config.scale_search else 0):
         table = ScaleTable(books, fmt)
         found = [search_scales(chunk, importance, table, pts) for chunk in sample.split(groups.chunk_rows)]
         scale = fmt.round(torch.cat(found), pts)

@@ -76,15 +76,23 @@ class Order:
         columns: [K] int64.
         groups: the groups in that order.
         sizes: their columns; the last group of a weight may have fewer.
+        at_once: groups of a block, which are rounded at a time.
     """
 
     columns: torch.Tensor
     groups: torch.Tensor
     sizes: list[int]
+    at_once: int
 
     @classmethod
-    def of_importance(cls, diagonal: torch.Tensor, group_size: int) -> Order:
-        """Groups, and columns inside them, by falling diagonal of H; a group counts by its mean."""
+    def of_importance(cls, diagonal: torch.Tensor, group_size: int, most: int = BLOCK_COLUMNS) -> Order:
+        """Groups, and columns inside them, by falling diagonal of H; a group counts by its mean.
+
+        Args:
+            diagonal: [K] of H.
+            group_size: columns per group, at most `most`.
+            most: columns of a block, at most `BLOCK_COLUMNS`.
+        """
         padding = -len(diagonal) % group_size
         padded = torch.nn.functional.pad(diagonal, (0, padding), value=-1).view(-1, group_size)
         sizes = (padded >= 0).sum(1)
@@ -92,12 +100,11 @@ class Order:
         groups = torch.argsort(mean, descending=True, stable=True)
         inside = torch.argsort(padded[groups], dim=1, descending=True, stable=True)
         columns = (groups[:, None] * group_size + inside).view(-1)
-        return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist())
+        return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist(), most // group_size)
 
-    def blocks(self, group_size: int) -> list[int]:
-        """Columns of the blocks that feedback rounds at a time."""
-        at_once = BLOCK_COLUMNS // group_size
-        return [sum(self.sizes[first : first + at_once]) for first in range(0, len(self.sizes), at_once)]
+    def blocks(self) -> list[int]:
+        """Columns of the blocks."""
+        return [sum(self.sizes[first : first + self.at_once]) for first in range(0, len(self.sizes), self.at_once)]
 
 
 def feedback(
@@ -107,7 +114,8 @@ def feedback(
     grid: Grid,
     candidates: Candidates,
     metrics: list[Metric] | None = None,
-) -> tuple[Grid, torch.Tensor]:
+    sweeps: int | None = None,
+) -> tuple[Grid, torch.Tensor, torch.Tensor]:
     """Round columns in `order`; what is lost is made up for by the columns that follow.
 
     Args:
@@ -117,23 +125,25 @@ def feedback(
         grid: books, and the scales around which candidates lie; its selectors are not looked at.
         candidates: scales to try.
         metrics: of the panels, if they are at hand.
+        sweeps: of descent inside blocks; see `round_block`.
 
     Returns:
-        The grid with the chosen scales and books, and codes [K, N] uint8.
+        The grid with the chosen scales and books, codes [K, N] uint8, and the errors of the rows, fp32 [N].
     """
     left, codes = weight[order.columns], torch.empty_like(weight, dtype=torch.uint8)
     scale, selector = torch.empty_like(grid.scale), torch.empty_like(grid.selector)
-    at_once, start = BLOCK_COLUMNS // grid.group_size, 0
+    lost, at_once, start = weight.new_zeros(weight.shape[1]), order.at_once, 0
     for index, (groups, panel) in enumerate(zip(order.groups.split(at_once), factor, strict=True)):
         sizes = order.sizes[index * at_once : (index + 1) * at_once]
         block = slice(start, start + len(panel))
         metric = Metric.of_panel(panel) if metrics is None else metrics[index]
-        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]), sweeps)
         codes[order.columns[block]] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector
         left[block.stop :].addmm_(panel[:, len(panel) :].t(), rounded.errors, alpha=-1)
+        lost += rounded.errors.square().sum(0)
         start = block.stop
-    return Grid(scale, selector, grid.codebooks, grid.group_size), codes
+    return Grid(scale, selector, grid.codebooks, grid.group_size), codes, lost
 
 
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:

@@ -17,7 +17,7 @@ from aaac_ao.encode.scales import reciprocal
 
 #: Most columns of a block, in the C library and the Triton kernel too.
 BLOCK_COLUMNS = 256
-#: Passes of coordinate descent over the columns of a block.
+#: Passes of coordinate descent over the columns of a block, where nothing else is asked for.
 SWEEPS = 3
 
 
@@ -82,14 +82,19 @@ def _groups_of_columns(sizes: tuple[int, ...], device: torch.device) -> torch.Te
 
 
 def round_block(
-    target: torch.Tensor, metric: Metric, sizes: Sequence[int], codebooks: torch.Tensor, candidates: torch.Tensor
+    target: torch.Tensor,
+    metric: Metric,
+    sizes: Sequence[int],
+    codebooks: torch.Tensor,
+    candidates: torch.Tensor,
+    sweeps: int | None = None,
 ) -> Rounded:
     """Round the columns of a block to the values of the format so that e^T M e is small, row by row.
 
     Group after group, every candidate scale is tried with both books: the columns of the group are rounded with
     feedback (GPTQ, arXiv 2210.17323) inside it, which shows the error that the columns behind the group cannot make up
-    for; the least one decides. What is lost is fed back to the rest of the block. Then `SWEEPS` passes set every code
-    to its best value with all others fixed.
+    for; the least one decides. What is lost is fed back to the rest of the block. Then passes of descent set every
+    code to its best value with all others fixed.
 
     Args:
         target: [B, N] fp32, B <= `BLOCK_COLUMNS`.
@@ -97,17 +102,20 @@ def round_block(
         sizes: columns of every group, in order; their sum is B.
         codebooks: [2, 16] fp32, ascending.
         candidates: [count, groups, N] fp32 >= 0, scales that are tried; the first wins ties.
+        sweeps: passes of descent; `SWEEPS` if None.
     """
     from aaac_ao.kernels.cpu import rounding as compiled
+
+    sweeps = SWEEPS if sweeps is None else sweeps
 
     if target.device.type == "cpu" and compiled.library() is not None:
         ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
         parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates, ends)
-        return Rounded(*compiled.round_block(target, *parts, SWEEPS))
+        return Rounded(*compiled.round_block(target, *parts, sweeps))
     kernel = triton_kernel("rounding") if target.is_cuda else None
     if kernel is not None and _is_right(kernel, target.device, len(target), max(sizes)):
-        return round_with(kernel, target, metric, sizes, codebooks, candidates)
-    return _round_block(target, metric, sizes, codebooks, candidates)
+        return round_with(kernel, target, metric, sizes, codebooks, candidates, sweeps)
+    return _round_block(target, metric, sizes, codebooks, candidates, sweeps)
 
 
 @functools.cache
@@ -126,10 +134,11 @@ def round_with(
     sizes: Sequence[int],
     codebooks: torch.Tensor,
     candidates: torch.Tensor,
+    sweeps: int = SWEEPS,
 ) -> Rounded:
     """`round_block` by the module of a kernel."""
     parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates)
-    return Rounded(*kernel.round_block(target, *parts, sizes, SWEEPS))
+    return Rounded(*kernel.round_block(target, *parts, sizes, sweeps))
 
 
 def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size: int) -> bool:
@@ -165,7 +174,12 @@ def errors_of_both(
 
 
 def _round_block(
-    target: torch.Tensor, metric: Metric, sizes: Sequence[int], codebooks: torch.Tensor, candidates: torch.Tensor
+    target: torch.Tensor,
+    metric: Metric,
+    sizes: Sequence[int],
+    codebooks: torch.Tensor,
+    candidates: torch.Tensor,
+    sweeps: int = SWEEPS,
 ) -> Rounded:
     left, codes = target.clone(), torch.empty_like(target, dtype=torch.int64)
     value, scales, selectors = torch.empty_like(target), [], []
@@ -187,7 +201,7 @@ def _round_block(
     steps = metric.matrix.diagonal().reciprocal()
     of_column = [group for group, size in enumerate(sizes) for _ in range(size)]
     inverses = [reciprocal(scale) for scale in scales]
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         for i, group in enumerate(of_column):
             best = (value[i] + pull[i] * steps[i]) * inverses[group]
             codes[i], entry = books.nearest(best, selectors[group])

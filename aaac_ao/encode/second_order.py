@@ -9,6 +9,8 @@
 
 Wherever descent comes by, it first fits the scales of a block to its codes.
 
+The fast way (`round_once`) ends with one feedback, in smaller blocks and with fewer scales.
+
 With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`).
 """
 
@@ -26,7 +28,7 @@ from aaac_ao.encode.annealing import anneal
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
 from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, descend, feedback, row_errors
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
-from aaac_ao.encode.rounding import Metric
+from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric
 from aaac_ao.encode.rows import CoupledRows, OutputMetric, Rows, output_error
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
@@ -39,11 +41,15 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
+#: The same for the only feedback of the fast way: around `FAST_CENTER` times the scale of round-to-nearest.
+FAST_SCALES, FAST_CENTER = (2, 0.06), 0.96
+#: Columns that the fast way rounds at a time, a multiple of every group. Rows of a chunk times this share a product.
+FAST_COLUMNS = 128
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
 #: accelerators, where every launch costs, take 32 times as many.
-CHUNK_WEIGHTS = 1 << 19
+CHUNK_WEIGHTS, FAST_CHUNK_WEIGHTS = 1 << 19, 1 << 21
 #: Columns whose codes are replaced at a time; a multiple of every group.
 _CHUNK_COLUMNS = 128
 
@@ -57,6 +63,7 @@ class SecondOrder:
     Args:
         hessian: [K, K] fp32, E[x x^T].
         group_size: columns per group, which are rounded together.
+        columns: that feedback rounds at a time.
 
     Attributes:
         importance: [K] weights of the input channels for the first-order encoder: the geometric mean of the variance
@@ -66,9 +73,9 @@ class SecondOrder:
         ValueError: H cannot be factorised, however much it is damped.
     """
 
-    def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
+    def __init__(self, hessian: torch.Tensor, group_size: int, columns: int = BLOCK_COLUMNS) -> None:
         self.hessian = hessian
-        self.order = Order.of_importance(hessian.diagonal(), group_size)
+        self.order = Order.of_importance(hessian.diagonal(), group_size, columns)
         self.group_size, self._factor = group_size, []
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
@@ -80,7 +87,7 @@ class SecondOrder:
         """The upper Cholesky factor of the inverse of H, both in `order`, in panels; see `inverse_factor`."""
         if not self._factor:
             hand_back_memory()
-            self._factor += inverse_factor(self.hessian, self.order.columns, self.order.blocks(self.group_size))
+            self._factor += inverse_factor(self.hessian, self.order.columns, self.order.blocks())
             hand_back_memory()
         return self._factor
 
@@ -159,7 +166,8 @@ class SecondOrder:
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             hand_back_memory()  # both H and its factor are alive: this is when most is
-            return feedback(w, self.order, factor, grid, _candidates(start, config, *FEEDBACK_SCALES), panels)
+            around = _candidates(start, config, *FEEDBACK_SCALES)
+            return feedback(w, self.order, factor, grid, around, panels)[:2]
 
         def back(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             metrics, around = self.metrics, _candidates(start, config, *DESCENT_SCALES)
@@ -187,6 +195,27 @@ class SecondOrder:
             _by_rows(rows, rounded, config, last)
         rounded = self._with_error(weight, rounded, config, output_metric)
         return rounded if bool(rounded.error < start.error) else None, start.error
+
+    def round_once(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> Encoding:
+        """Feedback alone, with books as they are: a fraction of the work of `refine`.
+
+        Args:
+            weight: [N, K] of any float dtype, the target.
+            start: books, and scales around which others are tried; overwritten.
+            config: settings.
+
+        Returns:
+            An encoding with the error under the damped H.
+        """
+        around, errors = _candidates(start, config, *FAST_SCALES), []
+
+        def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+            *rounded, lost = feedback(w, self.order, self.factor, grid, around, sweeps=0)
+            errors.append(lost.double().sum())
+            return rounded
+
+        _by_rows(_rows(weight, FAST_CHUNK_WEIGHTS), start, config, forward)
+        return dataclasses.replace(start, error=torch.stack(errors).sum())
 
     def _with_error(
         self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
@@ -241,9 +270,10 @@ def _candidates(encoding: Encoding, config: AAACConfig, count: int, step: float)
     return lambda scale: fmt.neighbours(scale, pts, count, step) if config.scale_search else scale[None]
 
 
-def _rows(weight: torch.Tensor) -> Rows:
-    """The rows of a weight, each for itself, in chunks of about `CHUNK_WEIGHTS`."""
-    return Rows(weight, max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else 32) // weight.shape[1]))
+def _rows(weight: torch.Tensor, chunk: int | None = None) -> Rows:
+    """The rows of a weight, each for itself, in chunks of about so many weights; `CHUNK_WEIGHTS` if None."""
+    chunk = CHUNK_WEIGHTS if chunk is None else chunk
+    return Rows(weight, max(1, chunk * (1 if weight.device.type == "cpu" else 32) // weight.shape[1]))
 
 
 def _grid_of(encoding: Encoding, rows: slice | torch.Tensor, config: AAACConfig) -> Grid:

@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from .. import cpu
 from ..rounded_blocks import MOST_COLUMNS, check_annealing, check_parts
 from .library import load
 
@@ -23,11 +24,15 @@ def library() -> ctypes.CDLL | None:
     found = load("_rounding")
     if found is None:
         return None
-    found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 5
+    found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 6
     found.aaac_round_block.restype = None
-    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 4
+    found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_anneal.restype = ctypes.c_int
     return found
+
+
+def _isa() -> int:
+    return cpu.ISAS.index(cpu.best_isa() or "plain")
 
 
 def round_block(
@@ -73,7 +78,7 @@ def round_block(
     scale = torch.empty(groups, rows, dtype=torch.float32)
     inputs = [tensor.contiguous() for tensor in (factor, metric, root, codebooks, candidates, ends)]
     pointers = [tensor.data_ptr() for tensor in (errors, *inputs, scale, selector, codes)]
-    library().aaac_round_block(*pointers, rows, columns, groups, count, sweeps, torch.get_num_threads())
+    library().aaac_round_block(*pointers, rows, columns, groups, count, sweeps, _isa(), torch.get_num_threads())
     return codes, selector, scale, errors
 
 
@@ -105,7 +110,7 @@ def anneal(
     growth = torch.zeros(rows)
     parts = [part.contiguous() for part in inputs.values()]
     pointers = [part.data_ptr() for part in (*outputs.values(), growth, *parts)]
-    sizes = (rows, columns, group_size, len(noise), torch.get_num_threads())
+    sizes = (rows, columns, group_size, len(noise), _isa(), torch.get_num_threads())
     if library().aaac_anneal(*pointers, *sizes):
         raise MemoryError(f"no memory for annealing rows of {columns} columns")
     return growth

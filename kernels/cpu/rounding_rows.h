@@ -1,0 +1,265 @@
+// What rounding.c does with as many rows as a vector has lanes. Included once for each instruction set, with LANES, TARGET
+// (the attribute that asks for it) and NAME.
+#define Floats NAME(Floats)
+#define Ints NAME(Ints)
+#define pick NAME(pick)
+#define load NAME(load)
+#define store NAME(store)
+#define reciprocal NAME(reciprocal)
+#define look_up NAME(look_up)
+#define look_up_in NAME(look_up_in)
+#define nearest NAME(nearest)
+#define nearest_of NAME(nearest_of)
+#define take_steps NAME(take_steps)
+#define choose NAME(choose)
+#define INLINE static inline __attribute__((always_inline)) TARGET
+// Columns whose steps are kept in registers until all of them are known
+#define STRIP 8
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+INLINE Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+INLINE Floats load(const float *from, int lanes) {
+    Floats x = {0};
+    memcpy(&x, from, lanes == LANES ? sizeof x : sizeof(float) * lanes);
+    return x;
+}
+
+INLINE void store(float *to, Floats x, int lanes) { memcpy(to, &x, lanes == LANES ? sizeof x : sizeof(float) * lanes); }
+
+// 1 / x, and 0 for zero and subnormal numbers
+INLINE Floats reciprocal(Floats x) { return (Floats)((Ints)(1.0f / x) & (x >= 0x1p-126f)); }
+
+// An entry of 16 in `table` for every lane.
+INLINE Floats look_up(const float *table, Ints at) {
+#if LANES == 16
+    return (Floats)_mm512_permutexvar_ps((__m512i)at, _mm512_loadu_ps(table));
+#elif LANES == 8
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)at);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)at);
+    return (Floats)_mm256_blendv_ps(low, high, (__m256)(at << 28)); // by the bit of 8
+#else
+    return (Floats){table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+#endif
+}
+
+// The same, of one of two tables.
+INLINE Floats look_up_in(const float tables[2][16], Ints second, Ints at) {
+#if LANES == 16
+    const __m512i index = (__m512i)(at + (second & 16));
+    return (Floats)_mm512_permutex2var_ps(_mm512_loadu_ps(tables[0]), index, _mm512_loadu_ps(tables[1]));
+#else
+    return pick(second, look_up(tables[1], at), look_up(tables[0], at));
+#endif
+}
+
+// The nearest entry of one book; ties go to the lower one.
+INLINE Floats nearest(const Books *books, int book, Floats x) {
+    Ints code = (x > books->middle[book][7]) & 8;
+#pragma GCC unroll 3
+    for (int step = 4; step > 0; step /= 2) code += (x > look_up(books->middle[book], code + (step - 1))) & step;
+    return look_up(books->entry[book], code);
+}
+
+// The same with a book for every lane, and the codes.
+INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
+    Ints found = {0};
+#pragma GCC unroll 4
+    for (int step = 8; step > 0; step /= 2)
+        found += (x > look_up_in(books->middle, second, found + (step - 1))) & step;
+    *code = found;
+    return look_up_in(books->entry, second, found);
+}
+
+// What the steps of a strip's columns change in the columns from .. end - 1; `rows` are theirs in a matrix of this width.
+INLINE void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from, int end) {
+    if (count < STRIP) {
+        for (int i = 0; i < count; i++)
+            for (int j = from; j < end; j++) left[j] -= rows[(int64_t)i * columns + j] * steps[i];
+        return;
+    }
+    Floats own[STRIP]; // not in memory, where `left` might change them
+    memcpy(own, steps, sizeof own);
+    for (int j = from; j < end; j++) {
+        Floats x = left[j];
+#pragma GCC unroll 8
+        for (int i = 0; i < STRIP; i++) x -= rows[(int64_t)i * columns + j] * own[i];
+        left[j] = x;
+    }
+}
+
+// The scale and book of a group with which feedback inside the group leaves the least error. Both books go together:
+// neither waits for the other.
+INLINE void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
+                   Ints *second) {
+    int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
+    Floats least = (Floats){0} + INFINITY, left[2][MOST_COLUMNS];
+    *scale = (Floats){0};
+    *second = (Ints){0};
+    for (int candidate = 0; candidate < b->count; candidate++) {
+        Floats s = load(b->candidates + ((int64_t)candidate * b->groups + group) * b->rows + row, lanes);
+        Floats inverse = reciprocal(s), cost[2] = {(Floats){0}, (Floats){0}}, error[2][STRIP];
+        for (int book = 0; book < 2; book++)
+            memcpy(left[book] + first, target + first, sizeof(Floats) * (end - first));
+        for (int start = first; start < end; start += STRIP) {
+            int stop = start + STRIP < end ? start + STRIP : end;
+            for (int i = start; i < stop; i++) {
+                const float *row_of = b->factor + (int64_t)i * columns;
+#pragma GCC unroll 2
+                for (int book = 0; book < 2; book++) {
+                    Floats x = left[book][i];
+                    Floats lost = (x - nearest(&b->books, book, x * inverse) * s) * (1.0f / row_of[i]);
+                    cost[book] += lost * lost;
+                    error[book][i - start] = lost;
+                }
+                for (int j = i + 1; j < stop; j++)
+#pragma GCC unroll 2
+                    for (int book = 0; book < 2; book++) left[book][j] -= row_of[j] * error[book][i - start];
+            }
+            for (int book = 0; book < 2; book++)
+                take_steps(left[book], b->factor + (int64_t)start * columns, columns, error[book], stop - start, stop,
+                           end);
+        }
+        for (int book = 0; book < 2; book++) {
+            Ints better = cost[book] < least;
+            least = pick(better, cost[book], least);
+            *scale = pick(better, s, *scale);
+            *second = (*second & ~better) | (book ? better : (Ints){0});
+        }
+    }
+}
+
+TARGET static void NAME(round_rows)(void *job, int64_t index) {
+    const Block *b = job;
+    int columns = b->columns;
+    int64_t row = index * LANES;
+    int lanes = b->rows - row < LANES ? (int)(b->rows - row) : LANES;
+    Floats target[MOST_COLUMNS], left[MOST_COLUMNS], value[MOST_COLUMNS], lost[MOST_COLUMNS], pull[MOST_COLUMNS];
+    Floats scale[MOST_COLUMNS], inverse[MOST_COLUMNS]; // of groups, of which there are no more than columns
+    Ints second[MOST_COLUMNS], code[MOST_COLUMNS];
+    for (int i = 0; i < columns; i++) target[i] = left[i] = load(b->target + i * b->rows + row, lanes);
+    for (int group = 0; group < b->groups; group++) {
+        choose(b, left, group, row, lanes, &scale[group], &second[group]);
+        inverse[group] = reciprocal(scale[group]);
+        for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
+            int stop = start + STRIP < b->ends[group + 1] ? start + STRIP : b->ends[group + 1];
+            for (int i = start; i < stop; i++) {
+                const float *row_of = b->factor + (int64_t)i * columns;
+                value[i] = nearest_of(&b->books, second[group], left[i] * inverse[group], &code[i]) * scale[group];
+                lost[i] = (left[i] - value[i]) * (1.0f / row_of[i]); // which is root times the error
+                for (int j = i + 1; j < stop; j++) left[j] -= row_of[j] * lost[i];
+            }
+            take_steps(left, b->factor + (int64_t)start * columns, columns, lost + start, stop - start, stop, columns);
+        }
+    }
+    for (int i = 0; i < columns && b->sweeps > 0; i++) { // metric times error
+        Floats sum = (Floats){0};
+        for (int j = 0; j < columns; j++) sum += b->metric[(int64_t)i * columns + j] * (target[j] - value[j]);
+        pull[i] = sum;
+    }
+    for (int sweep = 0; sweep < b->sweeps; sweep++)
+        for (int group = 0; group < b->groups; group++)
+            for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
+                int stop = start + STRIP < b->ends[group + 1] ? start + STRIP : b->ends[group + 1];
+                const float *rows = b->metric + (int64_t)start * columns;
+                Floats step[STRIP];
+                for (int i = start; i < stop; i++) {
+                    const float *row_of = b->metric + (int64_t)i * columns;
+                    Floats best = value[i] + pull[i] * (1.0f / row_of[i]);
+                    Floats moved = nearest_of(&b->books, second[group], best * inverse[group], &code[i]) * scale[group];
+                    step[i - start] = moved - value[i];
+                    value[i] = moved;
+                    for (int j = start; j < stop; j++) pull[j] -= row_of[j] * step[i - start];
+                }
+                take_steps(pull, rows, columns, step, stop - start, 0, start);
+                take_steps(pull, rows, columns, step, stop - start, stop, columns);
+            }
+    for (int i = 0; i < columns; i++) {
+        Floats sum = b->sweeps > 0 ? (Floats){0} : lost[i];
+        for (int j = 0; j <= i && b->sweeps > 0; j++)
+            sum += b->root[(int64_t)i * columns + j] * (target[j] - value[j]);
+        store(b->target + i * b->rows + row, sum, lanes);
+        for (int lane = 0; lane < lanes; lane++) b->codes[i * b->rows + row + lane] = (uint8_t)code[i][lane];
+    }
+    for (int group = 0; group < b->groups; group++) {
+        store(b->scale + group * b->rows + row, scale[group], lanes);
+        for (int lane = 0; lane < lanes; lane++) b->selector[group * b->rows + row + lane] = second[group][lane] != 0;
+    }
+}
+
+TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
+    Anneal *a = job;
+    const int columns = a->columns;
+    const int64_t row = index * LANES;
+    const int lanes = a->rows - row < LANES ? (int)(a->rows - row) : LANES;
+    Floats *memory = aligned_alloc(sizeof(Floats), 2 * sizeof(Floats) * columns);
+    if (memory == NULL) {
+        a->failed = 1;
+        return;
+    }
+    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), growth = (Floats){0};
+    for (int i = 0; i < columns; i++) {
+        value[i] = load(a->values + i * a->rows + row, lanes);
+        pull[i] = load(a->pull + i * a->rows + row, lanes);
+    }
+    int at[LANES] = {0}; // where the rows are in the noise
+    for (int lane = 0; lane < lanes; lane++) at[lane] = a->offset[row + lane];
+    for (int sweep = 0; sweep < a->sweeps; sweep++) {
+        const float *noise = a->noise + (int64_t)sweep * columns;
+        Floats scale = (Floats){0}, inverse = scale;
+        Ints second = {0}, code;
+        Floats back[STRIP];
+        for (int i = 0; i < columns; i++) {
+            const int start = i / STRIP * STRIP, stop = start + STRIP < columns ? start + STRIP : columns;
+            if (i % a->group_size == 0) {
+                const int64_t group = (int64_t)(i / a->group_size) * a->rows + row;
+                scale = load(a->scale + group, lanes);
+                inverse = reciprocal(scale);
+                for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group + lane];
+            }
+            Floats push;
+            for (int lane = 0; lane < LANES; lane++) {
+                push[lane] = noise[at[lane]];
+                at[lane] = at[lane] + 1 < columns ? at[lane] + 1 : 0;
+            }
+            const float *row_of = a->metric + (int64_t)i * columns;
+            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * push * (1.0f / sqrtf(row_of[i]));
+            const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
+            const Floats step = moved - value[i];
+            growth += step * (2.0f * pull[i] + step * row_of[i]);
+            value[i] = moved;
+            back[i - start] = -step;
+            for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
+            for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
+            if (i + 1 < stop) continue;
+            take_steps(pull, a->metric + (int64_t)start * columns, columns, back, stop - start, 0, start);
+            take_steps(pull, a->metric + (int64_t)start * columns, columns, back, stop - start, stop, columns);
+        }
+    }
+    for (int i = 0; i < columns; i++) {
+        store(a->values + i * a->rows + row, value[i], lanes);
+        store(a->pull + i * a->rows + row, pull[i], lanes);
+    }
+    store(a->growth + row, growth, lanes);
+    free(memory);
+}
+
+#undef Floats
+#undef Ints
+#undef pick
+#undef load
+#undef store
+#undef reciprocal
+#undef look_up
+#undef look_up_in
+#undef nearest
+#undef nearest_of
+#undef take_steps
+#undef choose
+#undef INLINE
+#undef STRIP
+#undef LANES
+#undef TARGET
+#undef NAME
