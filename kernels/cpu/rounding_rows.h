@@ -8,6 +8,10 @@
 #define reciprocal NAME(reciprocal)
 #define look_up NAME(look_up)
 #define look_up_in NAME(look_up_in)
+#define gather NAME(gather)
+#define any NAME(any)
+#define Steps NAME(Steps)
+#define catch_up NAME(catch_up)
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
@@ -15,6 +19,8 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 // Columns whose steps are kept in registers until all of them are known
 #define STRIP 8
+// Steps that are kept until all columns hear of them
+#define PENDING 64
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -45,7 +51,27 @@ INLINE Floats look_up(const float *table, Ints at) {
 #endif
 }
 
-// The same, of one of two tables.
+INLINE Floats gather(const float *from, Ints at) {
+#if LANES == 16
+    return (Floats)_mm512_i32gather_ps((__m512i)at, from, 4);
+#elif LANES == 8
+    return (Floats)_mm256_i32gather_ps(from, (__m256i)at, 4);
+#else
+    return look_up(from, at);
+#endif
+}
+
+INLINE int any(Ints mask) {
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// An entry of one of two tables.
 INLINE Floats look_up_in(const float tables[2][16], Ints second, Ints at) {
 #if LANES == 16
     const __m512i index = (__m512i)(at + (second & 16));
@@ -189,53 +215,90 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
     }
 }
 
+// Steps of columns that not all other columns know of yet: most weights stay where they are, and it is the others that
+// cost time.
+typedef struct {
+    int count, column[PENDING];
+    Floats step[PENDING];
+} Steps;
+
+// Add what the steps from `known` on change in the columns of a strip.
+INLINE void catch_up(Floats *pull, const Anneal *a, const Steps *steps, int known, int start) {
+    if (start + STRIP > a->columns) {
+        for (int p = known; p < steps->count; p++)
+            for (int j = start; j < a->columns; j++)
+                pull[j] += a->metric[(int64_t)steps->column[p] * a->columns + j] * steps->step[p];
+        return;
+    }
+    Floats own[STRIP];
+    memcpy(own, pull + start, sizeof own);
+    for (int p = known; p < steps->count; p++) {
+        const float *row_of = a->metric + (int64_t)steps->column[p] * a->columns + start;
+        const Floats step = steps->step[p];
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIP; j++) own[j] += row_of[j] * step;
+    }
+    memcpy(pull + start, own, sizeof own);
+}
+
 TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
     Anneal *a = job;
-    const int columns = a->columns;
+    const int columns = a->columns, strips = (columns + STRIP - 1) / STRIP;
     const int64_t row = index * LANES;
     const int lanes = a->rows - row < LANES ? (int)(a->rows - row) : LANES;
     Floats *memory = aligned_alloc(sizeof(Floats), 2 * sizeof(Floats) * columns);
-    if (memory == NULL) {
+    int *known = calloc(strips, sizeof(int)); // how many of the steps the columns of a strip know of
+    if (memory == NULL || known == NULL) {
         a->failed = 1;
+        free(memory);
+        free(known);
         return;
     }
-    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), growth = (Floats){0};
+    Floats *value = memory, *pull = memory + columns, heat = load(a->heat + row, lanes), growth = {0};
     for (int i = 0; i < columns; i++) {
         value[i] = load(a->values + i * a->rows + row, lanes);
         pull[i] = load(a->pull + i * a->rows + row, lanes);
     }
-    int at[LANES] = {0}; // where the rows are in the noise
+    Steps steps = {.count = 0};
+    Ints at = {0}; // where the rows are in the noise
     for (int lane = 0; lane < lanes; lane++) at[lane] = a->offset[row + lane];
     for (int sweep = 0; sweep < a->sweeps; sweep++) {
         const float *noise = a->noise + (int64_t)sweep * columns;
-        Floats scale = (Floats){0}, inverse = scale;
+        Floats scale = {0}, inverse = {0};
         Ints second = {0}, code;
-        Floats back[STRIP];
         for (int i = 0; i < columns; i++) {
-            const int start = i / STRIP * STRIP, stop = start + STRIP < columns ? start + STRIP : columns;
+            const int strip = i / STRIP, start = strip * STRIP;
+            const int stop = start + STRIP < columns ? start + STRIP : columns;
             if (i % a->group_size == 0) {
                 const int64_t group = (int64_t)(i / a->group_size) * a->rows + row;
                 scale = load(a->scale + group, lanes);
                 inverse = reciprocal(scale);
                 for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group + lane];
             }
-            Floats push;
-            for (int lane = 0; lane < LANES; lane++) {
-                push[lane] = noise[at[lane]];
-                at[lane] = at[lane] + 1 < columns ? at[lane] + 1 : 0;
+            if (i == start) {
+                catch_up(pull, a, &steps, known[strip], start);
+                known[strip] = steps.count;
             }
             const float *row_of = a->metric + (int64_t)i * columns;
-            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + heat * push * (1.0f / sqrtf(row_of[i]));
+            const Floats push = heat * gather(noise, at) * (1.0f / sqrtf(row_of[i]));
+            at = (at + 1) & (at + 1 < columns);
+            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + push;
             const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
             const Floats step = moved - value[i];
-            growth += step * (2.0f * pull[i] + step * row_of[i]);
-            value[i] = moved;
-            back[i - start] = -step;
-            for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
-            for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
-            if (i + 1 < stop) continue;
-            take_steps(pull, a->metric + (int64_t)start * columns, columns, back, stop - start, 0, start);
-            take_steps(pull, a->metric + (int64_t)start * columns, columns, back, stop - start, stop, columns);
+            if (any(step != 0)) {
+                growth += step * (2.0f * pull[i] + step * row_of[i]);
+                value[i] = moved;
+                for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
+                for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
+                steps.column[steps.count] = i;
+                steps.step[steps.count++] = step;
+                known[strip] = steps.count;
+            }
+            if (steps.count == PENDING || (sweep + 1 == a->sweeps && i + 1 == columns)) {
+                for (int s = 0; s < strips; s++) catch_up(pull, a, &steps, known[s], s * STRIP);
+                memset(known, 0, strips * sizeof(int));
+                steps.count = 0;
+            }
         }
     }
     for (int i = 0; i < columns; i++) {
@@ -244,6 +307,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
     }
     store(a->growth + row, growth, lanes);
     free(memory);
+    free(known);
 }
 
 #undef Floats
@@ -254,6 +318,11 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef reciprocal
 #undef look_up
 #undef look_up_in
+#undef gather
+#undef any
+#undef Steps
+#undef catch_up
+#undef PENDING
 #undef nearest
 #undef nearest_of
 #undef take_steps
