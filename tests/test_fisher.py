@@ -103,8 +103,9 @@ def test_what_cannot_be_done(tiny_llama, tmp_path):
     model, batches = tiny_llama(), [torch.randint(0, 97, (2, 8))]
     with pytest.raises(ValueError, match="do not go together"):
         calibrate_(model, CONFIG, batches, progress=False, fisher=True, awq=True)
-    with pytest.raises(ValueError, match="second-order"):
-        calibrate_(model, AAACConfig(group_size=64, rounding="nearest"), batches, progress=False, fisher=True)
+    for rounding in ("nearest", "gptq-fast"):
+        with pytest.raises(ValueError, match=f"needs rounding 'gptq' or 'auto', got '{rounding}'"):
+            calibrate_(model, AAACConfig(group_size=64, rounding=rounding), batches, progress=False, fisher=True)
     with pytest.raises(ValueError, match="needs batches"):
         calibrate_(model, CONFIG, statistics=tmp_path / "none", progress=False, fisher=True)
     with pytest.raises(ValueError, match="has logits"):
