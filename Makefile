@@ -51,12 +51,14 @@ gates-newest: .venv-newest/.installed
 	$(PYTHON) -m venv .venv-newest
 	touch $@
 
-# The C kernel under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
+# All C code under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
+SANITIZE := -g -O1 -std=gnu11 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 sanitize:
 	mkdir -p build
-	$(CC) -g -O1 -std=gnu11 -ffp-contract=off -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all \
-	  -pthread tests/cpu_kernel_sanitize.c -o build/cpu_kernel_sanitize -lm
+	$(CC) $(SANITIZE) -ffp-contract=off tests/cpu_kernel_sanitize.c -o build/cpu_kernel_sanitize -lm
+	$(CC) $(SANITIZE) tests/rounding_sanitize.c -o build/rounding_sanitize -lm
 	build/cpu_kernel_sanitize
+	build/rounding_sanitize
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'

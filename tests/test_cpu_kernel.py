@@ -392,3 +392,4 @@ def test_sanitizers():
     run = subprocess.run(["make", "sanitize"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert f"0 failures with all instruction sets up to {len(ISAS) - 1}" in run.stdout
+    assert f"0 failures of the encoder with vectors of up to {4 << len(ISAS) - 1} rows" in run.stdout

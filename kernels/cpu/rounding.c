@@ -111,10 +111,11 @@ aaac_round_block(float *target, const float *factor, const float *metric, const 
 }
 
 // Sizes and layouts are checked by the caller. Returns 0, or 1 without memory: then some rows are as they were.
-__attribute__((visibility("default"))) int
-aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth, const float *metric, const float *noise,
-            const float *heat, const float *books, const float *scale, const uint8_t *selector, const int32_t *offset,
-            int64_t rows, int columns, int group_size, int sweeps, int isa, int threads) {
+__attribute__((visibility("default"))) int aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth,
+                                                       const float *metric, const float *noise, const float *heat,
+                                                       const float *books, const float *scale, const uint8_t *selector,
+                                                       const int32_t *offset, int64_t rows, int columns, int group_size,
+                                                       int sweeps, int isa, int threads) {
     Anneal job = {.values = values,
                   .pull = pull,
                   .growth = growth,

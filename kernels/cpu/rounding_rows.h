@@ -1,5 +1,5 @@
-// What rounding.c does with as many rows as a vector has lanes. Included once for each instruction set, with LANES, TARGET
-// (the attribute that asks for it) and NAME.
+// What rounding.c does with as many rows as a vector has lanes. Included once for each instruction set, with LANES,
+// TARGET (the attribute that asks for it) and NAME.
 #define Floats NAME(Floats)
 #define Ints NAME(Ints)
 #define pick NAME(pick)
@@ -93,14 +93,15 @@ INLINE Floats nearest(const Books *books, int book, Floats x) {
 INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
     Ints found = {0};
 #pragma GCC unroll 4
-    for (int step = 8; step > 0; step /= 2)
-        found += (x > look_up_in(books->middle, second, found + (step - 1))) & step;
+    for (int step = 8; step > 0; step /= 2) found += (x > look_up_in(books->middle, second, found + (step - 1))) & step;
     *code = found;
     return look_up_in(books->entry, second, found);
 }
 
-// What the steps of a strip's columns change in the columns from .. end - 1; `rows` are theirs in a matrix of this width.
-INLINE void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from, int end) {
+// What the steps of a strip's columns change in the columns from .. end - 1; `rows` are theirs in a matrix of this
+// width.
+INLINE void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from,
+                       int end) {
     if (count < STRIP) {
         for (int i = 0; i < count; i++)
             for (int j = from; j < end; j++) left[j] -= rows[(int64_t)i * columns + j] * steps[i];
@@ -127,8 +128,7 @@ INLINE void choose(const Block *b, const Floats *target, int group, int64_t row,
     for (int candidate = 0; candidate < b->count; candidate++) {
         Floats s = load(b->candidates + ((int64_t)candidate * b->groups + group) * b->rows + row, lanes);
         Floats inverse = reciprocal(s), cost[2] = {(Floats){0}, (Floats){0}}, error[2][STRIP];
-        for (int book = 0; book < 2; book++)
-            memcpy(left[book] + first, target + first, sizeof(Floats) * (end - first));
+        for (int book = 0; book < 2; book++) memcpy(left[book] + first, target + first, sizeof(Floats) * (end - first));
         for (int start = first; start < end; start += STRIP) {
             int stop = start + STRIP < end ? start + STRIP : end;
             for (int i = start; i < stop; i++) {
@@ -204,8 +204,7 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
             }
     for (int i = 0; i < columns; i++) {
         Floats sum = b->sweeps > 0 ? (Floats){0} : lost[i];
-        for (int j = 0; j <= i && b->sweeps > 0; j++)
-            sum += b->root[(int64_t)i * columns + j] * (target[j] - value[j]);
+        for (int j = 0; j <= i && b->sweeps > 0; j++) sum += b->root[(int64_t)i * columns + j] * (target[j] - value[j]);
         store(b->target + i * b->rows + row, sum, lanes);
         for (int lane = 0; lane < lanes; lane++) b->codes[i * b->rows + row + lane] = (uint8_t)code[i][lane];
     }
