@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -293,13 +294,13 @@ class BlockPass:
         shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
         apart = last and shifts is not None and not self.restore
         if apart:  # one more pass, but the original weights are gone before there is a Hessian
-            shifts = self._compare(index, block, layers, originals, None, shifts)
-            self._leave_original(index, block, originals)
+            shifts = self._compare(index, block, layers, originals, None, shifts, leave=True)
+            self._let_go(originals)
         first = next(iter(layers.values()))
         sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
-        others = self._compare(index, block, layers, originals, sums, None if apart else shifts)
-        if last and not apart:
-            self._leave_original(index, block, originals)
+        others = self._compare(index, block, layers, originals, sums, None if apart else shifts, last and not apart)
+        if last:
+            self._let_go(originals)
         if int(sums.tokens) == 0:
             return None
         return sums.statistics(in_place=True), shifts if apart else others
@@ -312,8 +313,11 @@ class BlockPass:
         originals: dict[str, nn.Parameter],
         sums: InputSums | None,
         shifts: OutputShifts | None,
+        leave: bool,
     ) -> OutputShifts | None:
         """Add what a stage sees to the sums, and how it differs to the shifts; these, or None if it cannot be told.
+
+        With `leave` the original stream moves behind the block on the way: nothing runs its original weights again.
 
         Raises:
             ValueError: inputs in the quantised stream that are not finite.
@@ -328,10 +332,13 @@ class BlockPass:
                 for x in now[first]:
                     sums.add(x)
                 finite.append(torch.isfinite(sums.squares.sum()))
-            if shifts is None:
+            if shifts is None and not leave:
                 continue
             with weights_of(self.layers, originals):
-                then = captured_inputs(lambda: self._call(self.original, batch, index, block), sites, until)  # noqa: B023
+                run = partial(self._move if leave else self._call, self.original, batch, index, block)
+                then = captured_inputs(run, () if shifts is None else sites, None if leave else until)
+            if shifts is None:
+                continue
             if [x.shape for x in now[first]] == [x.shape for x in then[first]]:
                 shifts.add(then, now)
             else:
@@ -374,9 +381,12 @@ class BlockPass:
         args, kwargs = self.record.calls[batch][index]
         return hidden_states_of(block(stream[batch], *args, **kwargs))
 
+    def _move(self, stream, batch: int, index: int, block: nn.Module) -> None:
+        stream[batch] = self._call(stream, batch, index, block)
+
     def _advance(self, index: int, block: nn.Module, stream) -> None:
         for batch in range(len(stream)):
-            stream[batch] = self._call(stream, batch, index, block)
+            self._move(stream, batch, index, block)
 
 
 def quantise_stages(
