@@ -229,8 +229,7 @@ class BlockPass:
     def gather(self, index: int, block: nn.Module, full: bool) -> list[tuple[list[str], InputSums]]:
         """What all layers of a block see in the original model; its hidden states move on."""
         own = {self.names[module]: module for module in block.modules() if module in self.names}
-        run = lambda: self._advance(index, block, self.original)  # noqa: E731
-        return gather(own, self.observed.stages_of(set(own)), full, run)
+        return gather(own, self.observed.stages_of(set(own)), full, partial(self._advance, index, block, self.original))
 
     def _at_once(
         self,
@@ -259,9 +258,8 @@ class BlockPass:
             run = lambda: [self._call(self.quantised, batch, index, block) for batch in range(len(self.original))]  # noqa: E731
             seen = means(gather(own, stages, False, run))
             scales = fold_awq([block], seen, self.names, self.options.config)
-        bases = {}
-        if self.options.full and own:
-            bases = residual_bases(block, lambda: self._call(self.original, 0, index, block), own)
+        once = partial(self._call, self.original, 0, index, block)
+        bases = residual_bases(block, once, own) if self.options.full and own else {}
         for stage in stages:
             layers = {name: own[name] for name in stage}
             found = self._differences(index, block, layers, originals, bases, last=stage is stages[-1])
@@ -327,7 +325,7 @@ class BlockPass:
         until = None if names[0] in self.observed.repeated else first
         finite = []
         for batch in range(len(self.original)):
-            now = captured_inputs(lambda: self._call(self.quantised, batch, index, block), sites, until)  # noqa: B023
+            now = captured_inputs(partial(self._call, self.quantised, batch, index, block), sites, until)
             if sums is not None:
                 for x in now[first]:
                     sums.add(x)
@@ -336,13 +334,11 @@ class BlockPass:
                 continue
             with weights_of(self.layers, originals):
                 run = partial(self._move if leave else self._call, self.original, batch, index, block)
-                then = captured_inputs(run, () if shifts is None else sites, None if leave else until)
-            if shifts is None:
-                continue
-            if [x.shape for x in now[first]] == [x.shape for x in then[first]]:
-                shifts.add(then, now)
-            else:
+                then = captured_inputs(run, sites, None if leave else until)
+            if shifts is not None and [x.shape for x in now[first]] != [x.shape for x in then[first]]:
                 shifts = None  # tokens are routed differently
+            if shifts is not None:
+                shifts.add(then, now)
         if finite and not bool(finite[-1]):
             bad = [bool(good) for good in finite].index(False)
             raise ValueError(
