@@ -1,21 +1,8 @@
 // Every path of the CPU kernel on ragged shapes, in buffers of exactly the documented size, against sums in double.
 // `make sanitize` builds it with AddressSanitizer and UndefinedBehaviorSanitizer.
-#include <stdio.h>
+#include "sanitize.h"
 
 #include "../kernels/cpu/linear.c"
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(void) { // -1 .. 1, xorshift
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return (double)(int64_t)state * 0x1p-63;
-}
-
-static void *take(size_t bytes) {
-    void *memory = malloc(bytes);
-    if (memory == NULL) abort();
-    return memory;
-}
 
 typedef struct {
     int64_t rows, columns, group_size, groups, tiles;
@@ -56,8 +43,6 @@ static Sample make_sample(int64_t rows, int64_t columns, int64_t group_size, int
         }
     return s;
 }
-
-static int failures;
 
 static void check(const char *what, const Sample *s, int isa, int mode, int64_t tokens, double error, double bound) {
     if (error <= bound) return;

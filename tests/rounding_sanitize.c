@@ -1,22 +1,9 @@
 // Rounding of blocks and annealing by every instruction set on ragged shapes, in buffers of exactly the documented
 // size: what comes back must belong together, in double. `make sanitize` builds it with AddressSanitizer and
 // UndefinedBehaviorSanitizer.
-#include <stdio.h>
+#include "sanitize.h"
 
 #include "../kernels/cpu/rounding.c"
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(void) { // -1 .. 1, xorshift
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return (double)(int64_t)state * 0x1p-63;
-}
-
-static void *take(size_t bytes) {
-    void *memory = malloc(bytes);
-    if (memory == NULL) abort();
-    return memory;
-}
 
 static float *random_floats(int64_t count, double low, double high) {
     float *x = take((size_t)count * sizeof *x);
@@ -29,8 +16,6 @@ static float *random_books(void) { // ascending
     for (int i = 0; i < 32; i++) books[i] = (float)(i % 16 * 0.125 - 1 + 0.05 * uniform());
     return books;
 }
-
-static int failures;
 
 static void check(const char *what, int isa, int64_t rows, int columns, double error, double bound) {
     if (error <= bound) return;
