@@ -43,7 +43,7 @@ CORRECTION = 0.7
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
 #: The same for the only feedback of the fast way: around `FAST_CENTER` times the scale of round-to-nearest.
 FAST_SCALES, FAST_CENTER = (2, 0.06), 0.96
-#: Columns that the fast way rounds at a time, a multiple of every group. Rows of a chunk times this share a product.
+#: Columns that the fast way rounds at a time; a multiple of every group.
 FAST_COLUMNS = 128
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
@@ -210,9 +210,9 @@ class SecondOrder:
         around, errors = _candidates(start, config, *FAST_SCALES), []
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            *rounded, lost = feedback(w, self.order, self.factor, grid, around, sweeps=0)
+            grid, codes, lost = feedback(w, self.order, self.factor, grid, around, sweeps=0)
             errors.append(lost.double().sum())
-            return rounded
+            return grid, codes
 
         _by_rows(_rows(weight, FAST_CHUNK_WEIGHTS), start, config, forward)
         return dataclasses.replace(start, error=torch.stack(errors).sum())
