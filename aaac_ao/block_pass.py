@@ -297,7 +297,7 @@ class BlockPass:
         first = next(iter(layers.values()))
         sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
         others = self._compare(index, block, layers, originals, sums, None if apart else shifts, last and not apart)
-        if last:
+        if last and not apart:
             self._let_go(originals)
         if int(sums.tokens) == 0:
             return None

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 from interpreter import run_in_interpreter
+from test_rounding import ISAS
 
 from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import annealing, encode
@@ -48,7 +49,7 @@ def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
 
 
 @needs_library
-@pytest.mark.parametrize("isa", cpu.ISAS[: cpu.ISAS.index(cpu.best_isa() or "plain") + 1])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 5, 32), (7, 50, 64), (1, 3, 16)])
 def test_the_kernel_does_what_pytorch_does(columns, rows, group_size, isa, monkeypatch):
     monkeypatch.setattr(cpu, "best_isa", lambda: isa)

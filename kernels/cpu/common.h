@@ -21,6 +21,7 @@ enum { PREFETCH_BYTES = 8192 };
 enum { BOOK16_TOP = 8191, BOOK8_TOP = 127 };
 
 #define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
 
 // A stored weight; strides in bytes. E4M3 magnitudes are read as fp16, which makes them 2^8 too small.
 typedef struct {

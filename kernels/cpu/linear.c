@@ -14,8 +14,6 @@
 #define X86(...)
 #endif
 
-#define EXPORT __attribute__((visibility("default")))
-
 // Below this many products, a second thread comes too late to help.
 enum { SHORT_PRODUCTS = 1 << 17 };
 

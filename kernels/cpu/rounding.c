@@ -1,18 +1,17 @@
 // Rounding of a block of columns under a quadratic error: see aaac_ao/encode/rounding.py, which has the same steps in
 // PyTorch. Below it, annealing: see aaac_ao/encode/annealing.py. The work on rows is in rounding_rows.h.
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
+#include "common.h"
 #include "pool.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-enum { MOST_COLUMNS = 256 };
-enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
+// STRIP: columns whose steps are kept in registers until all of them are known. PENDING: steps of annealing that are
+// kept until all columns hear of them.
+enum { MOST_COLUMNS = 256, STRIP = 8, PENDING = 64 };
 
 typedef struct {
     float entry[2][16], middle[2][16]; // the last of `middle` is not used
@@ -87,10 +86,10 @@ static Rows rows_of(int isa) {
 }
 
 // Sizes and layouts are checked by the caller: columns and groups are 1 .. MOST_COLUMNS, every group has a column.
-__attribute__((visibility("default"))) void
-aaac_round_block(float *target, const float *factor, const float *metric, const float *root, const float *books,
-                 const float *candidates, const int32_t *ends, float *scale, uint8_t *selector, uint8_t *codes,
-                 int64_t rows, int columns, int groups, int count, int sweeps, int isa, int threads) {
+EXPORT void aaac_round_block(float *target, const float *factor, const float *metric, const float *root,
+                             const float *books, const float *candidates, const int32_t *ends, float *scale,
+                             uint8_t *selector, uint8_t *codes, int64_t rows, int columns, int groups, int count,
+                             int sweeps, int isa, int threads) {
     Block block = {.target = target,
                    .factor = factor,
                    .metric = metric,
@@ -111,11 +110,10 @@ aaac_round_block(float *target, const float *factor, const float *metric, const 
 }
 
 // Sizes and layouts are checked by the caller. Returns 0, or 1 without memory: then some rows are as they were.
-__attribute__((visibility("default"))) int aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth,
-                                                       const float *metric, const float *noise, const float *heat,
-                                                       const float *books, const float *scale, const uint8_t *selector,
-                                                       const int32_t *offset, int64_t rows, int columns, int group_size,
-                                                       int sweeps, int isa, int threads) {
+EXPORT int aaac_anneal(float *values, uint8_t *codes, float *pull, float *growth, const float *metric,
+                       const float *noise, const float *heat, const float *books, const float *scale,
+                       const uint8_t *selector, const int32_t *offset, int64_t rows, int columns, int group_size,
+                       int sweeps, int isa, int threads) {
     Anneal job = {.values = values,
                   .pull = pull,
                   .growth = growth,

@@ -16,30 +16,29 @@
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
 #define choose NAME(choose)
-#define INLINE static inline __attribute__((always_inline)) TARGET
-// Columns whose steps are kept in registers until all of them are known
-#define STRIP 8
-// Steps that are kept until all columns hear of them
-#define PENDING 64
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-INLINE Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+INLINE TARGET Floats pick(Ints mask, Floats yes, Floats no) {
+    return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+}
 
-INLINE Floats load(const float *from, int lanes) {
+INLINE TARGET Floats load(const float *from, int lanes) {
     Floats x = {0};
     memcpy(&x, from, lanes == LANES ? sizeof x : sizeof(float) * lanes);
     return x;
 }
 
-INLINE void store(float *to, Floats x, int lanes) { memcpy(to, &x, lanes == LANES ? sizeof x : sizeof(float) * lanes); }
+INLINE TARGET void store(float *to, Floats x, int lanes) {
+    memcpy(to, &x, lanes == LANES ? sizeof x : sizeof(float) * lanes);
+}
 
 // 1 / x, and 0 for zero and subnormal numbers
-INLINE Floats reciprocal(Floats x) { return (Floats)((Ints)(1.0f / x) & (x >= 0x1p-126f)); }
+INLINE TARGET Floats reciprocal(Floats x) { return (Floats)((Ints)(1.0f / x) & (x >= 0x1p-126f)); }
 
 // An entry of 16 in `table` for every lane.
-INLINE Floats look_up(const float *table, Ints at) {
+INLINE TARGET Floats look_up(const float *table, Ints at) {
 #if LANES == 16
     return (Floats)_mm512_permutexvar_ps((__m512i)at, _mm512_loadu_ps(table));
 #elif LANES == 8
@@ -51,7 +50,7 @@ INLINE Floats look_up(const float *table, Ints at) {
 #endif
 }
 
-INLINE Floats gather(const float *from, Ints at) {
+INLINE TARGET Floats gather(const float *from, Ints at) {
 #if LANES == 16
     return (Floats)_mm512_i32gather_ps((__m512i)at, from, 4);
 #elif LANES == 8
@@ -61,7 +60,7 @@ INLINE Floats gather(const float *from, Ints at) {
 #endif
 }
 
-INLINE int any(Ints mask) {
+INLINE TARGET int any(Ints mask) {
 #if LANES == 16
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #elif LANES == 8
@@ -72,7 +71,7 @@ INLINE int any(Ints mask) {
 }
 
 // An entry of one of two tables.
-INLINE Floats look_up_in(const float tables[2][16], Ints second, Ints at) {
+INLINE TARGET Floats look_up_in(const float tables[2][16], Ints second, Ints at) {
 #if LANES == 16
     const __m512i index = (__m512i)(at + (second & 16));
     return (Floats)_mm512_permutex2var_ps(_mm512_loadu_ps(tables[0]), index, _mm512_loadu_ps(tables[1]));
@@ -82,7 +81,7 @@ INLINE Floats look_up_in(const float tables[2][16], Ints second, Ints at) {
 }
 
 // The nearest entry of one book; ties go to the lower one.
-INLINE Floats nearest(const Books *books, int book, Floats x) {
+INLINE TARGET Floats nearest(const Books *books, int book, Floats x) {
     Ints code = (x > books->middle[book][7]) & 8;
 #pragma GCC unroll 3
     for (int step = 4; step > 0; step /= 2) code += (x > look_up(books->middle[book], code + (step - 1))) & step;
@@ -90,7 +89,7 @@ INLINE Floats nearest(const Books *books, int book, Floats x) {
 }
 
 // The same with a book for every lane, and the codes.
-INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
+INLINE TARGET Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
     Ints found = {0};
 #pragma GCC unroll 4
     for (int step = 8; step > 0; step /= 2) found += (x > look_up_in(books->middle, second, found + (step - 1))) & step;
@@ -100,8 +99,8 @@ INLINE Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) 
 
 // What the steps of a strip's columns change in the columns from .. end - 1; `rows` are theirs in a matrix of this
 // width.
-INLINE void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from,
-                       int end) {
+INLINE TARGET void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from,
+                              int end) {
     if (count < STRIP) {
         for (int i = 0; i < count; i++)
             for (int j = from; j < end; j++) left[j] -= rows[(int64_t)i * columns + j] * steps[i];
@@ -119,8 +118,8 @@ INLINE void take_steps(Floats *left, const float *rows, int columns, const Float
 
 // The scale and book of a group with which feedback inside the group leaves the least error. Both books go together:
 // neither waits for the other.
-INLINE void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
-                   Ints *second) {
+INLINE TARGET void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
+                          Ints *second) {
     int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
     Floats least = (Floats){0} + INFINITY, left[2][MOST_COLUMNS];
     *scale = (Floats){0};
@@ -222,7 +221,7 @@ typedef struct {
 } Steps;
 
 // Add what the steps from `known` on change in the columns of a strip.
-INLINE void catch_up(Floats *pull, const Anneal *a, const Steps *steps, int known, int start) {
+INLINE TARGET void catch_up(Floats *pull, const Anneal *a, const Steps *steps, int known, int start) {
     if (start + STRIP > a->columns) {
         for (int p = known; p < steps->count; p++)
             for (int j = start; j < a->columns; j++)
@@ -321,13 +320,10 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef any
 #undef Steps
 #undef catch_up
-#undef PENDING
 #undef nearest
 #undef nearest_of
 #undef take_steps
 #undef choose
-#undef INLINE
-#undef STRIP
 #undef LANES
 #undef TARGET
 #undef NAME
