@@ -44,8 +44,9 @@ def _cpu():
 def cpu_mode(mode: str) -> contextlib.AbstractContextManager[None]:
     """A context in which `aaac_ao::linear` on the CPU uses another arithmetic.
 
-    - "int16", the default outside of any context: inputs as 16-bit integers with a scale for every 8 of them, books as
-      14-bit ones. The error is about 1e-4 of the output, a tenth of what rounding the inputs to bf16 costs.
+    - "int16", the default outside of any context: inputs as integers of 15 or 16 bits with a scale for every 16 or 8
+      of them, books as 14-bit ones. The error is about 1e-4 of the output, a tenth of what rounding the inputs to bf16
+      costs.
     - "int8": 7 or 8 bits for the inputs, 8 for the books; the error is about 1e-2. Faster.
     - "exact": fp32.
 

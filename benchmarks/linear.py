@@ -9,7 +9,7 @@ ops, as compiled code calls them.
 
 CPU: medians of visits in rotation within one process; speed over fp32 `F.linear`. Ours takes fp32 x, the bf16, int4 and
 int8 of torch take bf16 x. Bandwidth is that of the best of three plain readers in the same run. On a machine with
-AVX-512, --isa avx2 times what a machine without it would do.
+AVX-512, --isa avx2 and --isa avx_vnni time what machines without it would do.
 
 CUDA: medians of replays of a CUDA graph; speed over bf16 `F.linear` (cuBLAS); x in bf16. Bandwidth is that of a copy in
 the same run, bytes read and written.
@@ -41,9 +41,12 @@ from benchmarks.shapes import (
 from benchmarks.timing import COLD_BYTES, copies_for, copy_bandwidth, graph_times, interleaved, read_bandwidth
 from benchmarks.variants import Variant, aaac, dense
 
-#: What limits torch, MKL, oneDNN and our kernel to AVX2.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-AVX2 |= {"AAAC_CPU_ISA": "avx2"}
+#: What limits torch, MKL, oneDNN and our kernel to AVX2, or to AVX2 and AVX-VNNI.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+LIMITS = {
+    "avx2": {**AVX2, "ONEDNN_MAX_CPU_ISA": "AVX2", "AAAC_CPU_ISA": "avx2"},
+    "avx_vnni": {**AVX2, "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "AAAC_CPU_ISA": "avx_vnni"},
+}
 DEFAULTS = {
     "cpu": {
         "shapes": CPU_SHAPES,
@@ -193,7 +196,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="for each variant, shape, M and number of threads")
     parser.add_argument("--cold-bytes", type=int, help="weights that a rotation reads at least")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no more is measured")
-    parser.add_argument("--isa", choices=("avx2",), help="let a CPU use no more than this")
+    parser.add_argument("--isa", choices=tuple(LIMITS), help="let a CPU use no more than this")
     parser.add_argument("--check", action="store_true", help="print the bars and whether they were met")
     parser.add_argument("--plot", type=pathlib.Path, help="draw a roofline to this file (needs matplotlib)")
     parser.add_argument("--json", type=pathlib.Path, help="write every figure to this file")
@@ -216,10 +219,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; with --check the status is 1 if a bar was missed."""
     args = parse(argv)
-    if args.isa and not AVX2.items() <= os.environ.items():
+    if args.isa and not LIMITS[args.isa].items() <= os.environ.items():
         # these are read when torch is loaded: start over
         command = [sys.executable, "-m", "benchmarks.linear", *(sys.argv[1:] if argv is None else argv)]
-        os.execve(sys.executable, command, {**os.environ, **AVX2})
+        os.execve(sys.executable, command, {**os.environ, **LIMITS[args.isa]})
     torch.manual_seed(0)
     report = {"environment": environment(args.device), "not_available": {}, "bandwidth": {}, "rows": []}
     measure, judge = (

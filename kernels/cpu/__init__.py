@@ -1,8 +1,8 @@
 """The CPU kernel: a shared library in C, compiled when the package is installed, and its binding.
 
-It runs on the stored tiles, so a weight exists once. Three paths (AVX-512, AVX2, plain C) share one interface; the best
-one that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the environment asks for less:
-"avx2", "plain", or "none" to do without the library.
+It runs on the stored tiles, so a weight exists once. Four paths (AVX-512, AVX2 with and without AVX-VNNI, plain C) share
+one interface; the best one that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the
+environment asks for another: "avx_vnni", "avx2", "plain", or "none" to do without the library.
 
 Sizes, dtypes and strides are checked here, before a pointer leaves Python. The calls release the GIL.
 """
@@ -17,10 +17,10 @@ import torch
 
 from .library import load
 
-#: Arithmetic of `linear`: fp32; 16-bit integers for inputs and books; 7 or 8 bits for inputs and 8 for books.
+#: Arithmetic of `linear`: fp32; integers of 15 or 16 bits for inputs, 14 for books; of 7 or 8 and 8 bits.
 MODES = ("exact", "int16", "int8")
-#: Instruction sets in the order of the library; each machine has those up to its best.
-ISAS = ("plain", "avx2", "avx512")
+#: Instruction sets in the order of the library, the best last.
+ISAS = ("plain", "avx2", "avx_vnni", "avx512")
 GROUP_SIZES = (16, 32)  # and all multiples of 64
 
 #: Most tokens for which `linear` is faster than decoding to fp32 and a matrix product, by instruction set and mode.
@@ -28,6 +28,7 @@ ANY = 1 << 62
 MOST_TOKENS = {
     "plain": {"exact": 4, "int16": 4, "int8": 4},
     "avx2": {"exact": 64, "int16": ANY, "int8": ANY},
+    "avx_vnni": {"exact": 64, "int16": ANY, "int8": ANY},
     "avx512": {"exact": 256, "int16": ANY, "int8": ANY},
 }
 
@@ -49,9 +50,15 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def isas() -> list[str]:
+    """The instruction sets that this machine and the library have, the best last; empty without the library."""
+    library = _library()
+    return [] if library is None else [isa for i, isa in enumerate(ISAS) if library.aaac_has_isa(i)]
+
+
 @functools.cache
 def best_isa() -> str | None:
-    """The instruction set in use: the machine's best, or less if `AAAC_CPU_ISA` says so; None without the library.
+    """The instruction set in use: the machine's best, or that of `AAAC_CPU_ISA`; None without the library.
 
     Raises:
         ValueError: `AAAC_CPU_ISA` names none, or one that this machine lacks.
@@ -63,13 +70,12 @@ def _choose_isa() -> str | None:
     wanted = os.environ.get("AAAC_CPU_ISA")
     if wanted not in (None, "", "none", *ISAS):
         raise ValueError(f"AAAC_CPU_ISA must be one of {', '.join(ISAS)} or none, got {wanted!r}")
-    library = None if wanted == "none" else _library()
-    if library is None:
+    here = [] if wanted == "none" else isas()
+    if not here:
         return None
-    best = ISAS[library.aaac_best_isa()]
-    if wanted and ISAS.index(wanted) > ISAS.index(best):
-        raise ValueError(f"AAAC_CPU_ISA is {wanted}, but this machine has no more than {best}")
-    return wanted or best
+    if wanted and wanted not in here:
+        raise ValueError(f"AAAC_CPU_ISA is {wanted}, but this machine has only {', '.join(here)}")
+    return wanted or here[-1]
 
 
 def supports(scale: torch.Tensor, group_size: int) -> bool:
@@ -104,8 +110,8 @@ def linear(
         per_tensor_scale: fp32, one number, or None.
         group_size: weights per scale along K; 16, 32 or a multiple of 64.
         bias: [N], any float dtype, or None.
-        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits and the books to 14, "int8" the inputs to 8
-            bits (7 with AVX2) and the books to 8. Tokens that are not finite or tiny are always computed in fp32.
+        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits (AVX2: of 16 inputs to 15) and the books
+            to 14; "int8" the same blocks to 8 bits (AVX2 without AVX-VNNI: 7), and the books. Tokens that are not finite or tiny are always computed in fp32.
         isa: one of `ISAS`; None: the best.
 
     Returns:

@@ -55,7 +55,7 @@ AVX512 static void avx512_pack_int16(const float *x, float unit, uint8_t *out) {
     for (int i = 0; i < 4; i++) {
         const __m512 v = _mm512_loadu_ps(x + 16 * i);
         largest[i] = avx512_word_max(v);
-        const __m256i narrow = _mm512_cvtepi32_epi16(avx512_round(v, largest[i], 32767.0f));
+        const __m256i narrow = _mm512_cvtepi32_epi16(avx512_round(v, largest[i], INPUT16_TOP));
         q[i / 2] = i & 1 ? _mm512_inserti64x4(q[i / 2], narrow, 1) : _mm512_castsi256_si512(narrow);
     }
     // 16-bit lanes of vector 0: columns 0 and 4 of word 0, twice, of word 4, twice, ...
@@ -66,7 +66,7 @@ AVX512 static void avx512_pack_int16(const float *x, float unit, uint8_t *out) {
         const __m512i from = _mm512_add_epi16(first, _mm512_set1_epi16((short)i));
         _mm512_storeu_si512(out + 64 * i, _mm512_permutex2var_epi16(q[0], from, q[1]));
     }
-    _mm512_storeu_ps((float *)(out + 256), _mm512_mul_ps(avx512_lanes(largest), _mm512_set1_ps(unit / 32767.0f)));
+    _mm512_storeu_ps((float *)(out + 256), _mm512_mul_ps(avx512_lanes(largest), _mm512_set1_ps(unit / INPUT16_TOP)));
 }
 
 // Even and odd columns of every word; the weights are used with 128 added, the corrections take that out again.
@@ -194,24 +194,36 @@ AVX512_INLINE void avx512_products(const Avx512Line line[2], const uint8_t *x, f
     }
 }
 
+// Two lines, the first of rows `scales` and `scales + 8`; `at`: see scale_offset.
+AVX512_INLINE void avx512_pair(__m512i table, const uint8_t *lines, const uint8_t *const *scales, int64_t at,
+                               const int mode, const int G, const int type, Avx512Line pair[2]) {
+    for (int l = 0; l < 2; l++) {
+        const uint8_t *line = lines + l * LINE_BYTES;
+        prefetch(line + PREFETCH_BYTES);
+        const __m512 s = avx512_scales(scales[l] + at, scales[l + 8] + at, G, type);
+        pair[l] = avx512_line(table, _mm512_loadu_si512(line), s, mode);
+    }
+}
+
 // Add the tiles first .. last - 1 of a tile row to totals [pair of lines][token][2][16]; `scales` are those of its 16
-// rows.
+// rows. Lines are decoded a pair ahead, so that products need not wait.
 AVX512_INLINE void avx512_tiles(const Weight *w, const Avx512Tables *tables, const uint8_t *codes,
                                 const uint8_t *const *scales, const Packed *x, int64_t first, int64_t last,
                                 float *totals, const int mode, const int G, const int type, const int64_t tokens) {
     const int bytes = avx512_bytes_per_tile[mode];
     const __m512i table = _mm512_loadu_si512(tables->table);
+    Avx512Line pair[2], next[2];
+    if (first >= last) return;
+    avx512_pair(table, codes + first * TILE_BYTES, scales, scale_offset(w, first), mode, G, type, next);
     for (int64_t tile = first; tile < last; tile++) {
         const uint8_t *lines = codes + tile * TILE_BYTES, *inputs = x->data + tile * tokens * bytes;
-        const int64_t at = scale_offset(w, tile);
+        const int64_t at = scale_offset(w, tile), at_next = scale_offset(w, tile + 1);
         for (int g = 0; g < LINES; g += 2) {
-            Avx512Line pair[2];
-            for (int l = 0; l < 2; l++) {
-                const uint8_t *line = lines + (g + l) * LINE_BYTES;
-                prefetch(line + PREFETCH_BYTES);
-                const __m512 s = avx512_scales(scales[g + l] + at, scales[g + l + 8] + at, G, type);
-                pair[l] = avx512_line(table, _mm512_loadu_si512(line), s, mode);
-            }
+            for (int l = 0; l < 2; l++) pair[l] = next[l];
+            const int end = g == LINES - 2;
+            if (!end || tile < last - 1)
+                avx512_pair(table, lines + (g + 2) * LINE_BYTES, scales + (g + 2) % LINES, end ? at_next : at, mode, G,
+                            type, next);
             float *total = totals + 16 * g * tokens;
             for (int64_t m = 0; m < tokens; m++) avx512_products(pair, inputs + m * bytes, total + 32 * m, mode);
         }

@@ -8,7 +8,7 @@
 
 enum { TILE_ROWS = 16, TILE_COLUMNS = 64, TILE_BYTES = 512, LINES = 8, LINE_BYTES = 64 };
 enum { MODE_EXACT, MODE_INT16, MODE_INT8 };
-enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
+enum { ISA_PLAIN, ISA_AVX2, ISA_AVX_VNNI, ISA_AVX512 };
 enum { TYPE_FP32, TYPE_BF16 };
 enum { SCALE_BF16, SCALE_E4M3 };
 // Tokens that one decoding of a weight serves; their sums stay in the first-level cache.
@@ -17,8 +17,8 @@ enum { MAX_TOKENS = 32 };
 enum { MOST_BYTES_PER_TILE = 512 };
 // How far ahead of the codes memory is asked for more.
 enum { PREFETCH_BYTES = 8192 };
-// Integer books: eight products with 16-bit inputs fit 32 bits.
-enum { BOOK16_TOP = 8191, BOOK8_TOP = 127 };
+// Integers: eight products of a book and a 16-bit input fit 32 bits, and so do 16 products with a 15-bit input.
+enum { BOOK16_TOP = 8191, BOOK8_TOP = 127, INPUT16_TOP = 32767, INPUT15_TOP = 16383 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))

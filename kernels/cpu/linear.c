@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #define X86(...) __VA_ARGS__
+#include <cpuid.h>
+
 #include "avx2.h"
 #include "avx512.h"
 #else
@@ -19,20 +21,27 @@ enum { SHORT_PRODUCTS = 1 << 17 };
 
 enum { DONE = 0, NO_MEMORY = -1, NO_SUCH_PATH = -2 };
 
-// The best instruction set of this machine: ISA_PLAIN, ISA_AVX2 or ISA_AVX512; all below it work too.
-EXPORT int aaac_best_isa(void) {
+static int has_isa[ISA_AVX512 + 1];
+
+// Filled once: virtual machines take microseconds for a cpuid.
+__attribute__((constructor)) static void find_isas(void) {
+    has_isa[ISA_PLAIN] = 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return ISA_PLAIN;
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512vbmi"))
-        return ISA_AVX512;
-    return ISA_AVX2;
-#else
-    return ISA_PLAIN;
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    has_isa[ISA_AVX2] = avx2;
+#ifdef HAS_AVX_VNNI
+    unsigned a = 0, b, c, d; // not all compilers know the name of this feature
+    has_isa[ISA_AVX_VNNI] = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
+    has_isa[ISA_AVX512] = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+                          __builtin_cpu_supports("avx512vbmi");
 #endif
 }
+
+// Whether this machine, and the compiler, have an instruction set.
+EXPORT int aaac_has_isa(int isa) { return isa >= ISA_PLAIN && isa <= ISA_AVX512 && has_isa[isa]; }
 
 // the weight
 
@@ -118,12 +127,17 @@ typedef struct {
     void *y;
 } Linear;
 
+// AVX-VNNI adds two instructions to AVX2 and shares its layouts.
+INLINE int is_avx2(int isa) { return isa == ISA_AVX2 || isa == ISA_AVX_VNNI; }
+
 static void pack_tile(const Linear *job, const float *x, uint8_t *out) {
 #if defined(__x86_64__)
-    const uint8_t *order = avx2_order(job->w.groups_per_tile);
-    if (job->isa == ISA_AVX2 && job->mode == MODE_EXACT) avx2_pack_exact(x, order, out);
-    if (job->isa == ISA_AVX2 && job->mode == MODE_INT16) avx2_pack_int16(x, order, job->unit, out);
-    if (job->isa == ISA_AVX2 && job->mode == MODE_INT8) avx2_pack_int8(x, order, job->unit, out);
+    if (is_avx2(job->isa)) {
+        const uint8_t *order = avx2_order(job->w.groups_per_tile);
+        if (job->mode == MODE_EXACT) avx2_pack_exact(x, order, out);
+        if (job->mode == MODE_INT16) avx2_pack_int16(x, order, job->unit, out);
+        if (job->mode == MODE_INT8) avx2_pack_int8(x, order, job->unit, job->isa == ISA_AVX2 ? 63.0f : 127.0f, out);
+    }
     if (job->isa == ISA_AVX512 && job->mode == MODE_EXACT) avx512_pack_exact(x, out);
     if (job->isa == ISA_AVX512 && job->mode == MODE_INT16) avx512_pack_int16(x, job->unit, out);
     if (job->isa == ISA_AVX512 && job->mode == MODE_INT8) avx512_pack_int8(x, job->unit, out);
@@ -165,6 +179,11 @@ static void add_tiles(const Linear *job, const uint8_t *codes, const uint8_t *co
                                                             totals);
     if (job->isa == ISA_AVX2)
         avx2_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx2, codes, scales, x, first, last, totals);
+#ifdef HAS_AVX_VNNI
+    if (job->isa == ISA_AVX_VNNI)
+        avx_vnni_kernels[job->mode][job->w.scale_type][level](&job->w, &job->avx2, codes, scales, x, first, last,
+                                                              totals);
+#endif
     if (job->isa != ISA_PLAIN) return;
 #endif
     plain_tiles(&job->w, &job->plain, codes, scales, x, first, last, totals);
@@ -172,7 +191,7 @@ static void add_tiles(const Linear *job, const uint8_t *codes, const uint8_t *co
 
 static void add_lanes(const Linear *job, const float *totals, int64_t tokens, int64_t m, float *sums) {
     X86(if (job->isa == ISA_AVX512) avx512_sums(totals, tokens, m, sums);)
-    X86(if (job->isa == ISA_AVX2) avx2_sums(totals, tokens, m, sums);)
+    X86(if (is_avx2(job->isa)) avx2_sums(totals, tokens, m, sums, job->mode);)
     if (job->isa == ISA_PLAIN) plain_sums(totals, tokens, m, sums);
 }
 
@@ -217,9 +236,9 @@ static void prepare(Linear *job, int mode, const void *per_tensor_scale) {
     job->factor = job->mode == MODE_EXACT ? factor : 1.0f;
     job->bytes_per_tile = PLAIN_BYTES_PER_TILE;
     if (job->isa == ISA_PLAIN) plain_tables(&job->w, &job->plain);
-    X86(if (job->isa == ISA_AVX2) avx2_tables(&tables, job->mode, &job->avx2);)
+    X86(if (is_avx2(job->isa)) avx2_tables(&tables, job->mode, &job->avx2);)
     X86(if (job->isa == ISA_AVX512) avx512_tables(&tables, job->mode, &job->avx512);)
-    X86(if (job->isa == ISA_AVX2) job->bytes_per_tile = avx2_bytes_per_tile[job->mode];)
+    X86(if (is_avx2(job->isa)) job->bytes_per_tile = avx2_bytes_per_tile[job->mode];)
     X86(if (job->isa == ISA_AVX512) job->bytes_per_tile = avx512_bytes_per_tile[job->mode];)
 }
 
@@ -242,7 +261,7 @@ EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type
                        const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride, int scale_type,
                        const void *books, const void *per_tensor_scale, int64_t group_size, int64_t rows,
                        int64_t columns, const void *bias, int bias_type, void *y) {
-    if (isa < ISA_PLAIN || isa > aaac_best_isa()) return NO_SUCH_PATH;
+    if (!aaac_has_isa(isa)) return NO_SUCH_PATH;
     if (tokens * rows * columns < SHORT_PRODUCTS) threads = 1;
     Linear job;
     job.isa = isa;
@@ -319,7 +338,7 @@ static void decode_rows(void *argument, int64_t index) {
 EXPORT int aaac_dequantize(int isa, int threads, const void *qdata, int64_t qdata_stride, const void *scale,
                            int64_t scale_stride, int scale_type, const void *books, const void *per_tensor_scale,
                            int64_t group_size, int64_t rows, int64_t columns, float *out) {
-    if (isa < ISA_PLAIN || isa > aaac_best_isa()) return NO_SUCH_PATH;
+    if (!aaac_has_isa(isa)) return NO_SUCH_PATH;
     Dequantize job;
     Tables tables;
     job.isa = isa;
