@@ -1,7 +1,7 @@
 """The CPU kernel: a shared library in C, compiled when the package is installed, and its binding.
 
-It runs on the stored tiles, so a weight exists once. Four paths (AVX-512, AVX2 with and without AVX-VNNI, plain C) share
-one interface; the best one that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the
+It runs on the stored tiles, so a weight exists once. Four paths (AVX-512, AVX2 with and without AVX-VNNI, plain C)
+share one interface; the best one that the machine has is chosen when the library is first used. `AAAC_CPU_ISA` in the
 environment asks for another: "avx_vnni", "avx2", "plain", or "none" to do without the library.
 
 Sizes, dtypes and strides are checked here, before a pointer leaves Python. The calls release the GIL.
@@ -110,8 +110,9 @@ def linear(
         per_tensor_scale: fp32, one number, or None.
         group_size: weights per scale along K; 16, 32 or a multiple of 64.
         bias: [N], any float dtype, or None.
-        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits (AVX2: of 16 inputs to 15) and the books
-            to 14; "int8" the same blocks to 8 bits (AVX2 without AVX-VNNI: 7), and the books. Tokens that are not finite or tiny are always computed in fp32.
+        mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits (AVX2: of 16 inputs to 15 bits) and the books
+            to 14; "int8" rounds the same blocks to 8 bits (AVX2 without AVX-VNNI: 7) and the books to 8. Tokens that are
+            not finite or tiny are always computed in fp32.
         isa: one of `ISAS`; None: the best.
 
     Returns:
