@@ -111,8 +111,8 @@ def linear(
         group_size: weights per scale along K; 16, 32 or a multiple of 64.
         bias: [N], any float dtype, or None.
         mode: one of `MODES`. "int16" rounds blocks of 8 inputs to 16 bits (AVX2: of 16 inputs to 15 bits) and the books
-            to 14; "int8" rounds the same blocks to 8 bits (AVX2 without AVX-VNNI: 7) and the books to 8. Tokens that are
-            not finite or tiny are always computed in fp32.
+            to 14; "int8" rounds the same blocks to 8 bits (AVX2 without AVX-VNNI: 7) and the books to 8. Tokens that
+            are not finite or tiny are always computed in fp32.
         isa: one of `ISAS`; None: the best.
 
     Returns:
