@@ -238,15 +238,18 @@ def _decoded_chunks(
     group_size: int,
     in_features: int,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """First row, end row and fp32 weights of one chunk of rows after the other."""
+    """First row, end row and fp32 weights of one chunk of rows after the other; the next may overwrite them."""
     out_features, rows = scale.shape[0], _rows_per_chunk(qdata)
     kernel = _cpu()
     compiled = kernel.supports(scale, group_size)
+    # one for all chunks: new pages for each would take as long as decoding into them
+    buffer = torch.empty(min(rows, out_features), in_features) if compiled else None
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         tiles, some = qdata[start // TILE_ROWS : ceil_div(stop, TILE_ROWS)], scale[start:stop]
         if compiled:
-            w = kernel.dequantize(tiles, some, codebooks, per_tensor_scale, group_size, in_features)
+            w = buffer[: stop - start]
+            kernel.dequantize(tiles, some, codebooks, per_tensor_scale, group_size, in_features, out=w)
         else:
             w = _decode(natural_bytes(tiles)[: stop - start], some, codebooks, group_size, in_features)
             w = w if per_tensor_scale is None else w.mul_(per_tensor_scale)

@@ -174,7 +174,26 @@ def test_every_e4m3_scale(isa, group_size):
 def test_dequantize(isa, fmt, group_size):
     for n, k in SHAPES:
         s = sample(n, k, fmt, group_size)
-        assert_rounded(cpu.dequantize(*s.parts, group_size, k), s.dense())
+        w = cpu.dequantize(*s.parts, group_size, k)
+        assert_rounded(w, s.dense())
+        out = torch.full((n, k), torch.nan)
+        assert cpu.dequantize(*s.parts, group_size, k, out=out) is out
+        assert torch.equal(out, w)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(37, 173),
+        torch.empty(37, 172).bfloat16(),
+        torch.empty(172, 37).t(),
+        torch.empty(37, 172, device="meta"),
+    ],
+)
+def test_wrong_place_for_weights(out):
+    s = sample(37, 172)
+    with pytest.raises(ValueError, match=r"out must be fp32 \[37, 172\], contiguous, on the CPU"):
+        cpu.dequantize(*s.parts, s.group_size, 172, out=out)
 
 
 def test_strided_parts(isa, kind):

@@ -27,8 +27,8 @@ GROUP_SIZES = (16, 32)  # and all multiples of 64
 ANY = 1 << 62
 MOST_TOKENS = {
     "plain": {"exact": 4, "int16": 4, "int8": 4},
-    "avx2": {"exact": 64, "int16": ANY, "int8": ANY},
-    "avx_vnni": {"exact": 64, "int16": ANY, "int8": ANY},
+    "avx2": {"exact": 24, "int16": ANY, "int8": ANY},
+    "avx_vnni": {"exact": 24, "int16": ANY, "int8": ANY},
     "avx512": {"exact": 256, "int16": ANY, "int8": ANY},
 }
 
@@ -165,15 +165,21 @@ def dequantize(
     group_size: int,
     in_features: int,
     isa: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The stored weight as fp32 [N, in_features]; arguments and errors as for `linear`."""
+    """The stored weight as fp32 [N, in_features], in `out` if that is given; the rest is as for `linear`."""
     weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
-    w = torch.empty(scale.shape[0], in_features)
-    if w.numel() == 0:
-        return w
+    shape = (scale.shape[0], in_features)
+    out = torch.empty(shape) if out is None else out
+    if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_cpu or not out.is_contiguous():
+        raise ValueError(
+            f"out must be fp32 {list(shape)}, contiguous, on the CPU, got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if out.numel() == 0:
+        return out
     arguments = _pointers(weight, group_size, in_features)
-    _check_status(_library().aaac_dequantize(_isa_index(isa), torch.get_num_threads(), *arguments, w.data_ptr()))
-    return w
+    _check_status(_library().aaac_dequantize(_isa_index(isa), torch.get_num_threads(), *arguments, out.data_ptr()))
+    return out
 
 
 def _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) -> tuple:
