@@ -29,10 +29,6 @@ static const int avx2_bytes_per_tile[] = {256, 160, 128};
 
 AVX2_INLINE __m256i avx2_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
-AVX2_INLINE __m256i avx2_twice(const void *p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-}
-
 INLINE const uint8_t *avx2_order(int G) {
     static const uint8_t order[3][8] = {{0, 4, 2, 6, 1, 5, 3, 7}, {0, 1, 2, 3, 4, 5, 6, 7}, {0, 4, 1, 5, 2, 6, 3, 7}};
     return order[G / 2];
@@ -55,12 +51,6 @@ AVX2_INLINE void avx2_sort(const uint8_t *line, const int G, __m256i rows[2]) {
 }
 
 // packing of tokens
-
-// The largest of each of the two halves, everywhere in that half.
-AVX2_INLINE __m256 avx2_half_max(__m256 v) {
-    v = _mm256_max_ps(v, _mm256_permute_ps(v, 0x4E));
-    return _mm256_max_ps(v, _mm256_permute_ps(v, 0xB1));
-}
 
 AVX2_INLINE __m256 avx2_abs(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 
@@ -100,7 +90,8 @@ AVX2_INLINE __m256 avx2_steps(const __m256 largest[4], float factor) {
 
 // The largest of all lanes, everywhere.
 AVX2_INLINE __m256 avx2_max(__m256 v) {
-    v = avx2_half_max(v);
+    v = _mm256_max_ps(v, _mm256_permute_ps(v, 0x4E));
+    v = _mm256_max_ps(v, _mm256_permute_ps(v, 0xB1));
     return _mm256_max_ps(v, _mm256_permute2f128_ps(v, v, 1));
 }
 
