@@ -72,7 +72,21 @@ def _set_cpu_mode(mode: str) -> Iterator[None]:
         _cpu_mode.reset(token)
 
 
-@torch.library.custom_op("aaac_ao::linear", mutates_args=(), device_types="cpu")
+# Defined by hand, as the wrappers that `torch.library.custom_op` puts around a kernel take longer than its checks.
+torch.library.define(
+    "aaac_ao::linear",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor codebooks, Tensor? per_tensor_scale, int group_size, Tensor? bias, "
+    "Tensor? act_pre_scale=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "aaac_ao::dequantize",
+    "(Tensor qdata, Tensor scale, Tensor codebooks, Tensor? per_tensor_scale, int group_size, int in_features, "
+    "ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
 def linear(
     x: torch.Tensor,
     qdata: torch.Tensor,
@@ -92,6 +106,13 @@ def linear(
         ValueError: the parts do not belong together, x has another number of features, or devices differ.
         TypeError: x is of another dtype.
     """
+    return torch.ops.aaac_ao.linear.default(
+        x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale
+    )
+
+
+@torch.library.impl("aaac_ao::linear", "cpu")
+def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale=None):
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias, act_pre_scale)
     if act_pre_scale is not None:
@@ -100,8 +121,8 @@ def linear(
     kernel, mode = _cpu(), _cpu_mode.get()
     if kernel.supports(scale, group_size) and x.numel() // x.shape[-1] <= kernel.most_tokens(mode):
         if x.dtype == torch.float16:
-            return kernel.linear(x.float(), *parts, group_size, bias, mode).half()
-        return kernel.linear(x, *parts, group_size, bias, mode)
+            return kernel.run_linear(x.float(), *parts, group_size, bias, mode).half()
+        return kernel.run_linear(x, *parts, group_size, bias, mode)
     y = _linear_in_chunks(x.reshape(-1, x.shape[-1]), *parts, group_size, bias)
     return y.view(*x.shape[:-1], scale.shape[0])
 
@@ -120,7 +141,7 @@ def _linear_in_chunks(flat, qdata, scale, codebooks, per_tensor_scale, group_siz
     return y
 
 
-@linear.register_kernel("cuda")
+@torch.library.impl("aaac_ao::linear", "cuda")
 def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale=None):
     from aaac_ao.kernels import dispatch
 
@@ -131,7 +152,7 @@ def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_sc
     return y.view(*x.shape[:-1], scale.shape[0])
 
 
-@linear.register_fake
+@torch.library.register_fake("aaac_ao::linear")
 def _(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, act_pre_scale=None):
     _check_parts(x.shape[-1], qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_operands(x, qdata, scale, bias, act_pre_scale)
@@ -162,10 +183,9 @@ def _backward(ctx, grad):
     return grad_x, None, None, None, None, None, grad_bias, grad_act_pre_scale
 
 
-linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("aaac_ao::linear", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("aaac_ao::dequantize", mutates_args=(), device_types="cpu")
 def dequantize(
     qdata: torch.Tensor,
     scale: torch.Tensor,
@@ -181,6 +201,13 @@ def dequantize(
         ValueError: the parts do not belong together.
         TypeError: `dtype` is not fp32, bf16 or fp16.
     """
+    return torch.ops.aaac_ao.dequantize.default(
+        qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype
+    )
+
+
+@torch.library.impl("aaac_ao::dequantize", "cpu")
+def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
     _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
     w = torch.empty(scale.shape[0], in_features, dtype=dtype, device=qdata.device)
@@ -189,7 +216,7 @@ def dequantize(
     return w
 
 
-@dequantize.register_kernel("cuda")
+@torch.library.impl("aaac_ao::dequantize", "cuda")
 def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
     from aaac_ao.kernels import dispatch
 
@@ -198,7 +225,7 @@ def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype)
     return dispatch.dequantize(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype)
 
 
-@dequantize.register_fake
+@torch.library.register_fake("aaac_ao::dequantize")
 def _(qdata, scale, codebooks, per_tensor_scale, group_size, in_features, dtype):
     _check_parts(in_features, qdata, scale, codebooks, per_tensor_scale, group_size)
     _check_dtype("dtype", dtype)
@@ -305,9 +332,9 @@ def _check_parts(
         )
     if scale.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         raise ValueError(f"scale must be bfloat16 or float8_e4m3fn, got {scale.dtype}")
-    parts = [part for part in (qdata, scale, codebooks, per_tensor_scale) if part is not None]
-    if any(part.device != qdata.device for part in parts):
-        raise ValueError(f"parts on different devices: {', '.join(str(part.device) for part in parts)}")
+    devices = [part.device for part in (qdata, scale, codebooks, per_tensor_scale) if part is not None]
+    if devices.count(qdata.device) != len(devices):
+        raise ValueError(f"parts on different devices: {', '.join(map(str, devices))}")
 
 
 def _check_operands(

@@ -125,28 +125,34 @@ def linear(
         raise ValueError(f"x must be fp32 or bf16 [..., K] on the CPU, got {x.dim()}-D {x.dtype} on {x.device}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    *leading, in_features = x.shape
-    # kept in a variable: what `contiguous` makes must outlive the call
-    weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
-    out_features = scale.shape[0]
+    if isa is not None and isa not in ISAS:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
+    _check_weight(qdata, scale, codebooks, per_tensor_scale, group_size, x.shape[-1])
+    if bias is not None and (tuple(bias.shape) != (scale.shape[0],) or not bias.is_cpu):
+        raise ValueError(f"bias must have shape [{scale.shape[0]}] on the CPU, got {list(bias.shape)} on {bias.device}")
+    return run_linear(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, mode, isa)
+
+
+def run_linear(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, mode, isa=None) -> torch.Tensor:
+    """`linear` for those who have checked dtypes, shapes and devices: all but strides."""
+    in_features, out_features = x.shape[-1], scale.shape[0]
+    # kept in variables: what `contiguous` makes must outlive the call
+    weight = _laid_out(qdata, scale, codebooks, per_tensor_scale)
     if bias is not None:
-        if tuple(bias.shape) != (out_features,) or not bias.is_cpu:
-            raise ValueError(
-                f"bias must have shape [{out_features}] on the CPU, got {list(bias.shape)} on {bias.device}"
-            )
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    rows_in_place = (x.dim() == 2 and x.stride(1) == 1) or x.is_contiguous()
+    flat = x.dim() == 2
+    rows_in_place = (flat and x.stride(1) == 1) or x.is_contiguous()
     x = x if rows_in_place and _aligned(x) else x.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty(*leading, out_features)
+    y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
         return y
     status = _library().aaac_linear(
-        _isa_index(isa),
+        ISAS.index(isa or best_isa()),
         MODES.index(mode),
         torch.get_num_threads(),
         x.data_ptr(),
         _TYPES[x.dtype],
-        x.stride(0) if x.dim() == 2 else in_features,
+        x.stride(0) if flat else in_features,
         y.numel() // out_features,
         *_pointers(weight, group_size, in_features),
         None if bias is None else bias.data_ptr(),
@@ -168,7 +174,10 @@ def dequantize(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The stored weight as fp32 [N, in_features], in `out` if that is given; the rest is as for `linear`."""
-    weight = _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
+    if isa is not None and isa not in ISAS:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
+    _check_weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
+    weight = _laid_out(qdata, scale, codebooks, per_tensor_scale)
     shape = (scale.shape[0], in_features)
     out = torch.empty(shape) if out is None else out
     if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_cpu or not out.is_contiguous():
@@ -178,12 +187,14 @@ def dequantize(
     if out.numel() == 0:
         return out
     arguments = _pointers(weight, group_size, in_features)
-    _check_status(_library().aaac_dequantize(_isa_index(isa), torch.get_num_threads(), *arguments, out.data_ptr()))
+    _check_status(
+        _library().aaac_dequantize(ISAS.index(isa or best_isa()), torch.get_num_threads(), *arguments, out.data_ptr())
+    )
     return out
 
 
-def _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) -> tuple:
-    """The parts, with strides that the library takes; rejects whatever would make it read outside of them."""
+def _check_weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) -> None:
+    """Rejects whatever would make the library read outside of the parts."""
     if not supports(scale, group_size):
         raise ValueError(f"no CPU kernel for {scale.dtype} scales with group_size {group_size} (library: {best_isa()})")
     rows, row_bytes = -(-scale.shape[0] // 16), -(-in_features // 64) * 512
@@ -201,6 +212,10 @@ def _weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features) 
     if not on_cpu or (per_tensor_scale is not None and not per_tensor_scale.is_cpu):
         parts = (qdata, scale, codebooks, per_tensor_scale)
         raise ValueError(f"all parts must be on the CPU, got {[str(p.device) for p in parts if p is not None]}")
+
+
+def _laid_out(qdata, scale, codebooks, per_tensor_scale) -> tuple:
+    """The parts, with strides that the library takes."""
     qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
     if scale.stride(1) != 1 or not _aligned(scale):
         scale = scale.clone(memory_format=torch.contiguous_format)
@@ -225,13 +240,6 @@ def _pointers(weight: tuple, group_size: int, in_features: int) -> tuple:
 
 def _aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % tensor.element_size() == 0
-
-
-def _isa_index(isa: str | None) -> int:
-    isa = best_isa() if isa is None else isa
-    if isa not in ISAS:
-        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
-    return ISAS.index(isa)
 
 
 def _check_status(status: int) -> None:
