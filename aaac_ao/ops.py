@@ -266,9 +266,10 @@ def _decoded_chunks(
     in_features: int,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """First row, end row and fp32 weights of one chunk of rows after the other; the next may overwrite them."""
-    out_features, rows = scale.shape[0], _rows_per_chunk(qdata)
-    kernel = _cpu()
+    out_features, kernel = scale.shape[0], _cpu()
     compiled = kernel.supports(scale, group_size)
+    # compiled, a weight takes 4 bytes, and products of few rows are slow
+    rows = _rows_per_chunk(qdata) * (2 if compiled else 1)
     # one for all chunks: new pages for each would take as long as decoding into them
     buffer = torch.empty(min(rows, out_features), in_features) if compiled else None
     for start in range(0, out_features, rows):
