@@ -319,7 +319,9 @@ def _check_parts(
             f"in_features {in_features} does not fit this weight: its qdata {list(qdata.shape)} holds "
             f"{qdata.shape[1] // 8 - TILE_COLUMNS + 1} to {qdata.shape[1] // 8} features"
         )
-    if scale.shape[1] != ceil_div(in_features, group_size):
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    if scale.dim() != 2 or scale.shape[1] != ceil_div(in_features, group_size):
         raise ValueError(
             f"scale {list(scale.shape)} does not fit in_features {in_features} with group_size {group_size}"
         )

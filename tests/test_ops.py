@@ -321,6 +321,8 @@ def _arguments(**changes) -> dict:
         ({"x": torch.randn(3, 172).double()}, TypeError, "float64"),
         ({"group_size": 32}, ValueError, r"scale \[37, 3\] does not fit in_features 172 with group_size 32"),
         ({"group_size": 128}, ValueError, "group_size 128"),
+        ({"group_size": 0}, ValueError, "group_size must be positive, got 0"),
+        ({"scale": torch.randn(37, 3, 2).bfloat16()}, ValueError, r"scale \[37, 3, 2\] does not fit"),
         (
             {"codebooks": torch.randn(16, 2).bfloat16()},
             ValueError,
