@@ -16,7 +16,9 @@
 
 typedef void (*Task)(void *job, int64_t index);
 
-enum { MAX_WORKERS = 255, SPINS = 2000 };
+// Tasks are taken in runs, about SHARES for each thread: neighbours lie next to each other in memory, where the next is
+// asked for while the last is worked on.
+enum { MAX_WORKERS = 255, SPINS = 2000, SHARES = 8 };
 
 static struct {
     pthread_mutex_t owner; // held by the caller whose job it is
@@ -25,15 +27,16 @@ static struct {
     _Atomic uint32_t generation;
     _Atomic int open, inside, seats, sleepers;
     _Atomic int64_t next;
-    int64_t count;
+    int64_t count, run;
     Task task;
     void *job;
     int workers;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static void pool_drain(void) {
-    int64_t index;
-    while ((index = atomic_fetch_add(&pool.next, 1)) < pool.count) pool.task(pool.job, index);
+    int64_t first;
+    while ((first = atomic_fetch_add(&pool.next, pool.run)) < pool.count)
+        for (int64_t index = first; index < first + pool.run && index < pool.count; index++) pool.task(pool.job, index);
 }
 
 static void *pool_worker(void *unused) {
@@ -87,6 +90,7 @@ static void pool_run(int threads, int64_t count, Task task, void *job) {
     }
     pool_grow(threads - 1);
     pool.count = count;
+    pool.run = count / (threads * SHARES) > 1 ? count / (threads * SHARES) : 1;
     pool.task = task;
     pool.job = job;
     atomic_store(&pool.next, 0);
