@@ -56,7 +56,9 @@ static void check(const char *what, const Sample *s, int isa, int mode, int64_t 
 
 static void check_linear(const Sample *s, int isa, int mode, int64_t tokens, int type, int threads) {
     // how far integers may be from an entry of a book and from an input, both at most 1, by mode
-    static const double entry[] = {0, 0.5 / BOOK16_TOP, 0.5 / BOOK8_TOP}, input[] = {0, 0.5 / INPUT15_TOP, 0.5 / 63};
+    const double entry[] = {0, 0.5 / BOOK16_TOP, 0.5 / BOOK8_TOP};
+    const double input[] = {0, 0.5 / (isa == ISA_AVX512 ? INPUT16_TOP : INPUT15_TOP),
+                            0.5 / (isa == ISA_AVX2 ? 63 : 127)};
     const double rounding = type == TYPE_BF16 ? 4e-3 : 1e-6;
     const size_t size = type == TYPE_FP32 ? 4 : 2;
     void *x = take((size_t)(tokens * s->columns) * size), *y = take((size_t)(tokens * s->rows) * size);

@@ -125,8 +125,6 @@ def linear(
         raise ValueError(f"x must be fp32 or bf16 [..., K] on the CPU, got {x.dim()}-D {x.dtype} on {x.device}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if isa is not None and isa not in ISAS:
-        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
     _check_weight(qdata, scale, codebooks, per_tensor_scale, group_size, x.shape[-1])
     if bias is not None and (tuple(bias.shape) != (scale.shape[0],) or not bias.is_cpu):
         raise ValueError(f"bias must have shape [{scale.shape[0]}] on the CPU, got {list(bias.shape)} on {bias.device}")
@@ -147,7 +145,7 @@ def run_linear(x, qdata, scale, codebooks, per_tensor_scale, group_size, bias, m
     if y.numel() == 0:
         return y
     status = _library().aaac_linear(
-        ISAS.index(isa or best_isa()),
+        _isa_index(isa),
         MODES.index(mode),
         torch.get_num_threads(),
         x.data_ptr(),
@@ -174,8 +172,6 @@ def dequantize(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The stored weight as fp32 [N, in_features], in `out` if that is given; the rest is as for `linear`."""
-    if isa is not None and isa not in ISAS:
-        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
     _check_weight(qdata, scale, codebooks, per_tensor_scale, group_size, in_features)
     weight = _laid_out(qdata, scale, codebooks, per_tensor_scale)
     shape = (scale.shape[0], in_features)
@@ -187,9 +183,7 @@ def dequantize(
     if out.numel() == 0:
         return out
     arguments = _pointers(weight, group_size, in_features)
-    _check_status(
-        _library().aaac_dequantize(ISAS.index(isa or best_isa()), torch.get_num_threads(), *arguments, out.data_ptr())
-    )
+    _check_status(_library().aaac_dequantize(_isa_index(isa), torch.get_num_threads(), *arguments, out.data_ptr()))
     return out
 
 
@@ -240,6 +234,13 @@ def _pointers(weight: tuple, group_size: int, in_features: int) -> tuple:
 
 def _aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _isa_index(isa: str | None) -> int:
+    isa = best_isa() if isa is None else isa
+    if isa not in ISAS:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
+    return ISAS.index(isa)
 
 
 def _check_status(status: int) -> None:

@@ -414,17 +414,12 @@ AVX2_INLINE void avx2_decode_tile(const Avx2Tables *tables, const uint8_t *line,
 
 AVX2 static void avx2_decode(const Weight *w, const Avx2Tables *tables, const uint8_t *line,
                              const uint8_t *const *scales, int64_t at, float factor, float *out, int64_t stride) {
-#define AVX2_DECODE(G, type)                                                                                           \
+#define AVX2_DECODE(mode, G, type)                                                                                     \
     if (w->groups_per_tile == G && w->scale_type == type) {                                                            \
         avx2_decode_tile(tables, line, scales, at, factor, out, stride, G, type);                                      \
         return;                                                                                                        \
     }
-    AVX2_DECODE(1, SCALE_BF16)
-    AVX2_DECODE(2, SCALE_BF16)
-    AVX2_DECODE(4, SCALE_BF16)
-    AVX2_DECODE(1, SCALE_E4M3)
-    AVX2_DECODE(2, SCALE_E4M3)
-    AVX2_DECODE(4, SCALE_E4M3)
+    FOR_GROUPS(AVX2_DECODE, MODE_EXACT)
 }
 
 #endif

@@ -239,27 +239,14 @@ AVX512_INLINE void avx512_tiles(const Weight *w, const Avx512Tables *tables, con
         else                                                                                                           \
             avx512_tiles(w, tables, codes, scales, x, first, last, totals, mode, G, type, x->tokens);                  \
     }
-#define AVX512_KINDS(mode)                                                                                             \
-    AVX512_KIND(mode, 1, SCALE_BF16)                                                                                   \
-    AVX512_KIND(mode, 2, SCALE_BF16)                                                                                   \
-    AVX512_KIND(mode, 4, SCALE_BF16)                                                                                   \
-    AVX512_KIND(mode, 1, SCALE_E4M3)                                                                                   \
-    AVX512_KIND(mode, 2, SCALE_E4M3)                                                                                   \
-    AVX512_KIND(mode, 4, SCALE_E4M3)
-AVX512_KINDS(MODE_EXACT)
-AVX512_KINDS(MODE_INT16)
-AVX512_KINDS(MODE_INT8)
+FOR_KINDS(AVX512_KIND)
 
 typedef void (*Avx512Kernel)(const Weight *, const Avx512Tables *, const uint8_t *, const uint8_t *const *,
                              const Packed *, int64_t, int64_t, float *);
 
 // [mode][scale type][log2 of the groups per tile]
-#define AVX512_ROW(mode, type) {avx512_##mode##_1_##type, avx512_##mode##_2_##type, avx512_##mode##_4_##type}
-static const Avx512Kernel avx512_kernels[3][2][3] = {
-    {AVX512_ROW(MODE_EXACT, SCALE_BF16), AVX512_ROW(MODE_EXACT, SCALE_E4M3)},
-    {AVX512_ROW(MODE_INT16, SCALE_BF16), AVX512_ROW(MODE_INT16, SCALE_E4M3)},
-    {AVX512_ROW(MODE_INT8, SCALE_BF16), AVX512_ROW(MODE_INT8, SCALE_E4M3)},
-};
+#define AVX512_ENTRY(mode, G, type) [mode][type][G / 2] = avx512_##mode##_##G##_##type,
+static const Avx512Kernel avx512_kernels[3][2][3] = {FOR_KINDS(AVX512_ENTRY)};
 
 // The sums over lanes of token m -> sums[16] by row.
 AVX512 static void avx512_sums(const float *totals, int64_t tokens, int64_t m, float *sums) {

@@ -20,6 +20,11 @@ enum { PREFETCH_BYTES = 8192 };
 // Integers: eight products of a book and a 16-bit input fit 32 bits, and so do 16 products with a 15-bit input.
 enum { BOOK16_TOP = 8191, BOOK8_TOP = 127, INPUT16_TOP = 32767, INPUT15_TOP = 16383 };
 
+// Everything for which a path has a kernel: DO(mode, groups per tile, scale type) for each of them, or those of a mode.
+#define FOR_SCALES(DO, mode, G) DO(mode, G, SCALE_BF16) DO(mode, G, SCALE_E4M3)
+#define FOR_GROUPS(DO, mode) FOR_SCALES(DO, mode, 1) FOR_SCALES(DO, mode, 2) FOR_SCALES(DO, mode, 4)
+#define FOR_KINDS(DO) FOR_GROUPS(DO, MODE_EXACT) FOR_GROUPS(DO, MODE_INT16) FOR_GROUPS(DO, MODE_INT8)
+
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
