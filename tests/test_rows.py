@@ -98,12 +98,14 @@ def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
 
 
 def test_a_second_pass_over_coupled_rows_loses_less(monkeypatch):
-    weight, statistics = torch.randn(64, 96), statistics_of(correlated(500, 96))
-    metric, config, errors = OutputMetric(random_metric(64, 9.0)), AAACConfig("int4", 32, rounding="gptq"), []
-    for passes in (1, 2):
-        monkeypatch.setattr(CoupledRows, "passes", passes)
-        encoding = encode(weight, config, statistics, output_metric=metric)
-        errors.append(exact_error(weight, encoding, 32, statistics.hessian, metric.matrix))
+    config, errors = AAACConfig("int4", 32, rounding="gptq"), [0.0, 0.0]
+    for _ in range(8):  # the bound is about weights on average: a single one gains 1.4 +- 0.5 %
+        weight, statistics = torch.randn(64, 96), statistics_of(correlated(500, 96))
+        metric = OutputMetric(random_metric(64, 9.0))
+        for passes in (1, 2):
+            monkeypatch.setattr(CoupledRows, "passes", passes)
+            encoding = encode(weight, config, statistics, output_metric=metric)
+            errors[passes - 1] += exact_error(weight, encoding, 32, statistics.hessian, metric.matrix)
     assert errors[1] < 0.995 * errors[0]
 
 
