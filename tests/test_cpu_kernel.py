@@ -118,6 +118,16 @@ def test_tokens_do_not_see_each_other(isa, kind, mode):
 
 
 @pytest.mark.parametrize("mode", cpu.MODES)
+def test_inputs_larger_than_a_cache(isa, kind, mode):
+    """They are worked on in blocks of fewer tokens."""
+    s, x = sample(20, 16400, *kind), torch.randn(41, 16400)
+    y = cpu.linear(x, *s.parts, s.group_size, None, mode)
+    assert relative_error(y, x.double() @ s.dense().t()) < BOUNDS[mode]
+    for token in (0, 9, 10, 25, 40):
+        assert torch.equal(cpu.linear(x[token], *s.parts, s.group_size, None, mode), y[token])
+
+
+@pytest.mark.parametrize("mode", cpu.MODES)
 def test_values_that_integers_cannot_hold(isa, kind, mode):
     """Infinities and NaN come out where fp32 gives them; tiny and huge inputs keep their relative error."""
     s = sample(48, 256, *kind, zeros=False)

@@ -29,7 +29,7 @@ MOST_TOKENS = {
     "plain": {"exact": 4, "int16": 4, "int8": 4},
     "avx2": {"exact": 24, "int16": ANY, "int8": ANY},
     "avx_vnni": {"exact": 24, "int16": ANY, "int8": ANY},
-    "avx512": {"exact": 256, "int16": ANY, "int8": ANY},
+    "avx512": {"exact": 48, "int16": ANY, "int8": ANY},
 }
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -397,26 +397,29 @@ AVX2_INLINE void avx2_decode_row(const Avx2Tables *tables, __m256i codes, const 
     }
 }
 
-// The 16 rows of one tile: out[row][64] with `stride` floats from row to row; `scales` are those of the rows in this
-// tile.
-AVX2_INLINE void avx2_decode_tile(const Avx2Tables *tables, const uint8_t *line, const uint8_t *const *scales,
-                                  int64_t at, float factor, float *out, int64_t stride, const int G, const int type) {
-    for (int g = 0; g < LINES; g++, line += LINE_BYTES) {
-        const uint8_t *const p[2] = {scales[g] + at, scales[g + 8] + at};
-        __m256i codes[2];
-        avx2_sort(line, G, codes);
-        const __m256 both = avx2_scales(p, G, type);
-        for (int h = 0; h < 2; h++)
-            avx2_decode_row(tables, codes[h], p[h], avx2_scales_of(both, h), factor, out + (g + 8 * h) * stride, G,
-                            type);
-    }
+// The 16 rows of the tiles first .. last - 1: out[row][64 (tile - first)] with `stride` floats from row to row.
+AVX2_INLINE void avx2_decode_tiles(const Weight *w, const Avx2Tables *tables, const uint8_t *codes,
+                                   const uint8_t *const *scales, int64_t first, int64_t last, float factor, float *out,
+                                   int64_t stride, const int G, const int type) {
+    for (int g = 0; g < LINES; g++) // line by line: memory likes to be written in few places at a time
+        for (int64_t tile = first; tile < last; tile++) {
+            const int64_t at = scale_offset(w, tile);
+            const uint8_t *const p[2] = {scales[g] + at, scales[g + 8] + at};
+            float *to = out + g * stride + (tile - first) * TILE_COLUMNS;
+            __m256i rows[2];
+            avx2_sort(codes + tile * TILE_BYTES + g * LINE_BYTES, G, rows);
+            const __m256 both = avx2_scales(p, G, type);
+            for (int h = 0; h < 2; h++)
+                avx2_decode_row(tables, rows[h], p[h], avx2_scales_of(both, h), factor, to + 8 * h * stride, G, type);
+        }
 }
 
-AVX2 static void avx2_decode(const Weight *w, const Avx2Tables *tables, const uint8_t *line,
-                             const uint8_t *const *scales, int64_t at, float factor, float *out, int64_t stride) {
+AVX2 static void avx2_decode(const Weight *w, const Avx2Tables *tables, const uint8_t *codes,
+                             const uint8_t *const *scales, int64_t first, int64_t last, float factor, float *out,
+                             int64_t stride) {
 #define AVX2_DECODE(mode, G, type)                                                                                     \
     if (w->groups_per_tile == G && w->scale_type == type) {                                                            \
-        avx2_decode_tile(tables, line, scales, at, factor, out, stride, G, type);                                      \
+        avx2_decode_tiles(w, tables, codes, scales, first, last, factor, out, stride, G, type);                        \
         return;                                                                                                        \
     }
     FOR_GROUPS(AVX2_DECODE, MODE_EXACT)

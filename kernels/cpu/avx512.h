@@ -269,4 +269,44 @@ AVX512 static void avx512_sums(const float *totals, int64_t tokens, int64_t m, f
     }
 }
 
+// dequantisation
+
+// The 16 rows of the tiles first .. last - 1: out[row][64 (tile - first)] with `stride` floats from row to row. 16
+// columns of a row lie in one group: one scale and, as 16 entries in fp32 fill a vector, one lookup.
+AVX512_INLINE void avx512_decode_tiles(const Weight *w, const uint8_t *codes, const uint8_t *const *scales,
+                                       int64_t first, int64_t last, float factor, float *out, int64_t stride,
+                                       const int G, const int type) {
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512 factors = _mm512_set1_ps(factor);
+    for (int g = 0; g < LINES; g++) // line by line: memory likes to be written in few places at a time
+        for (int64_t tile = first; tile < last; tile++) {
+            const int64_t at = scale_offset(w, tile);
+            const __m512i line = _mm512_loadu_si512(codes + tile * TILE_BYTES + g * LINE_BYTES);
+            float scale[16];
+            _mm512_storeu_ps(scale, avx512_scales(scales[g] + at, scales[g + 8] + at, G, type));
+            for (int h = 0; h < 2; h++)
+                for (int i = 0; i < 4; i++) {
+                    // words 2 i and 2 i + 1 of the row, in lanes 4 t + 2 c + h
+                    const int lane = 8 * (i & 1) + 2 * (i / 2) + h;
+                    const __m512i words = _mm512_inserti64x4(_mm512_set1_epi32(lane), _mm256_set1_epi32(lane + 4), 1);
+                    const __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(words, line), shifts);
+                    const __m512 book = _mm512_loadu_ps(w->books[float_bits(scale[lane]) >> 31]);
+                    const __m512 values =
+                        _mm512_mul_ps(_mm512_permutexvar_ps(index, book), _mm512_set1_ps(scale[lane]));
+                    _mm512_storeu_ps(out + (g + 8 * h) * stride + (tile - first) * TILE_COLUMNS + 16 * i,
+                                     _mm512_mul_ps(values, factors));
+                }
+        }
+}
+
+AVX512 static void avx512_decode(const Weight *w, const uint8_t *codes, const uint8_t *const *scales, int64_t first,
+                                 int64_t last, float factor, float *out, int64_t stride) {
+#define AVX512_DECODE(mode, G, type)                                                                                   \
+    if (w->groups_per_tile == G && w->scale_type == type) {                                                            \
+        avx512_decode_tiles(w, codes, scales, first, last, factor, out, stride, G, type);                              \
+        return;                                                                                                        \
+    }
+    FOR_GROUPS(AVX512_DECODE, MODE_EXACT)
+}
+
 #endif

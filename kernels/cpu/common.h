@@ -11,8 +11,9 @@ enum { MODE_EXACT, MODE_INT16, MODE_INT8 };
 enum { ISA_PLAIN, ISA_AVX2, ISA_AVX_VNNI, ISA_AVX512 };
 enum { TYPE_FP32, TYPE_BF16 };
 enum { SCALE_BF16, SCALE_E4M3 };
-// Tokens that one decoding of a weight serves; their sums stay in the first-level cache.
-enum { MAX_TOKENS = 32 };
+// Tokens that one decoding of a weight serves: at most so many, whose sums stay in the first-level cache, and of so
+// many bytes of packed inputs, which are read again for every 16 rows and stay in the second-level cache.
+enum { MAX_TOKENS = 32, MOST_INPUT_BYTES = 5 << 18 };
 // Room that a packed token needs for a tile on any path.
 enum { MOST_BYTES_PER_TILE = 512 };
 // How far ahead of the codes memory is asked for more.

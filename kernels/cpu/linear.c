@@ -255,6 +255,15 @@ static void run_block(const Linear *call, int64_t first, int64_t count, uint8_t 
     memcpy(rough, job.rough, (size_t)count);
 }
 
+// Blocks of about equal size, as few as the caches allow.
+static int64_t tokens_at_a_time(int64_t bytes_per_token, int64_t tokens) {
+    int64_t most = bytes_per_token > 0 ? MOST_INPUT_BYTES / bytes_per_token : MAX_TOKENS;
+    if (most > MAX_TOKENS) most = MAX_TOKENS;
+    if (most < 1) most = 1;
+    const int64_t blocks = (tokens + most - 1) / most;
+    return (tokens + blocks - 1) / blocks;
+}
+
 // x [tokens, columns] and y [tokens, rows] of one type, y contiguous; qdata_stride and scale_stride in bytes, x_stride
 // in elements; per_tensor_scale and bias may be null.
 EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type, int64_t x_stride, int64_t tokens,
@@ -269,13 +278,14 @@ EXPORT int aaac_linear(int isa, int mode, int threads, const void *x, int x_type
     job.x = x, job.x_type = x_type, job.x_stride = x_stride, job.tokens = tokens;
     job.bias = bias, job.bias_type = bias_type, job.y = y;
     prepare(&job, mode, per_tensor_scale);
-    int64_t bytes = job.bytes_per_tile * (tokens < MAX_TOKENS ? tokens : MAX_TOKENS);
-    if (bytes < MOST_BYTES_PER_TILE) bytes = MOST_BYTES_PER_TILE; // a rough token
-    uint8_t *memory = malloc((size_t)(bytes * job.w.tiles) + 64);
+    const int64_t per_token = job.bytes_per_tile * job.w.tiles, most = tokens_at_a_time(per_token, tokens);
+    int64_t bytes = per_token * most;
+    if (bytes < MOST_BYTES_PER_TILE * job.w.tiles) bytes = MOST_BYTES_PER_TILE * job.w.tiles; // a rough token
+    uint8_t *memory = malloc((size_t)bytes + 64);
     if (memory == NULL) return NO_MEMORY;
     uint8_t *packed = (uint8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), rough[MAX_TOKENS], no[1];
-    for (int64_t first = 0; first < tokens; first += MAX_TOKENS) {
-        const int64_t count = tokens - first < MAX_TOKENS ? tokens - first : MAX_TOKENS;
+    for (int64_t first = 0; first < tokens; first += most) {
+        const int64_t count = tokens - first < most ? tokens - first : most;
         run_block(&job, first, count, packed, threads, rough);
         for (int64_t m = 0; m < count && job.mode != MODE_EXACT; m++) {
             if (!rough[m]) continue;
@@ -299,37 +309,48 @@ typedef struct {
     float *out;
 } Dequantize;
 
-static void decode_tile(const Dequantize *job, const uint8_t *codes, const uint8_t *const *scales, int64_t at,
-                        float *out, int64_t stride) {
-    X86(if (job->isa != ISA_PLAIN) {
-        avx2_decode(&job->w, &job->avx2, codes, scales, at, job->factor, out, stride);
+// The 16 rows of the tiles first .. last - 1, side by side: out[row][64 (last - first)], `stride` from row to row.
+static void decode_tiles(const Dequantize *job, const uint8_t *codes, const uint8_t *const *scales, int64_t first,
+                         int64_t last, float *out, int64_t stride) {
+    const Weight *w = &job->w;
+    X86(if (job->isa == ISA_AVX512) {
+        avx512_decode(w, codes, scales, first, last, job->factor, out, stride);
         return;
     })
-    for (int row = 0; row < TILE_ROWS; row++) {
-        float *to = out + row * stride;
-        plain_decode(&job->w, &job->plain, codes + row % 8 * LINE_BYTES, row / 8, scales[row] + at, to);
-        for (int k = 0; k < TILE_COLUMNS; k++) to[k] *= job->factor;
-    }
+    X86(if (is_avx2(job->isa)) {
+        avx2_decode(w, &job->avx2, codes, scales, first, last, job->factor, out, stride);
+        return;
+    })
+    for (int64_t tile = first; tile < last; tile++)
+        for (int row = 0; row < TILE_ROWS; row++) {
+            const uint8_t *line = codes + tile * TILE_BYTES + row % 8 * LINE_BYTES;
+            float *to = out + row * stride + (tile - first) * TILE_COLUMNS;
+            plain_decode(w, &job->plain, line, row / 8, scales[row] + scale_offset(w, tile), to);
+            for (int k = 0; k < TILE_COLUMNS; k++) to[k] *= job->factor;
+        }
 }
 
-// Task: decode 16 rows.
+// Task: decode 16 rows. What reaches over the edges of the weight is decoded tile by tile, aside.
 static void decode_rows(void *argument, int64_t index) {
     const Dequantize *job = argument;
     const Weight *w = &job->w;
     const int64_t left = w->rows - index * TILE_ROWS, columns = w->columns;
     const int count = (int)(left < TILE_ROWS ? left : TILE_ROWS);
+    const uint8_t *codes = w->qdata + index * w->qdata_stride;
     float *out = job->out + index * TILE_ROWS * columns, edge[TILE_ROWS * TILE_COLUMNS];
     ScaleRows scales;
     find_scales(w, index, &scales);
-    for (int64_t tile = 0; tile < w->tiles; tile++) {
-        const uint8_t *codes = w->qdata + index * w->qdata_stride + tile * TILE_BYTES;
+    const int64_t full = columns / TILE_COLUMNS < scales.full ? columns / TILE_COLUMNS : scales.full;
+    const int64_t whole = count == TILE_ROWS ? full : 0;
+    decode_tiles(job, codes, scales.row, 0, whole, out, columns);
+    for (int64_t tile = whole; tile < w->tiles; tile++) {
         const int64_t start = tile * TILE_COLUMNS,
                       width = columns - start < TILE_COLUMNS ? columns - start : TILE_COLUMNS;
-        const int whole = count == TILE_ROWS && width == TILE_COLUMNS;
-        const uint8_t *const *rows = tile < scales.full ? scales.row : scales.last;
-        const int64_t at = tile < scales.full ? scale_offset(w, tile) : 0;
-        decode_tile(job, codes, rows, at, whole ? out + start : edge, whole ? columns : TILE_COLUMNS);
-        for (int r = 0; r < count && !whole; r++)
+        if (tile < scales.full)
+            decode_tiles(job, codes, scales.row, tile, tile + 1, edge, TILE_COLUMNS);
+        else
+            decode_tiles(job, codes + tile * TILE_BYTES, scales.last, 0, 1, edge, TILE_COLUMNS);
+        for (int r = 0; r < count; r++)
             memcpy(out + r * columns + start, edge + r * TILE_COLUMNS, (size_t)width * sizeof(float));
     }
 }
@@ -347,7 +368,7 @@ EXPORT int aaac_dequantize(int isa, int threads, const void *qdata, int64_t qdat
     job.out = out;
     make_tables(&job.w, MODE_EXACT, &tables);
     if (isa == ISA_PLAIN) plain_tables(&job.w, &job.plain);
-    X86(if (isa != ISA_PLAIN) avx2_tables(&tables, MODE_EXACT, &job.avx2);)
+    X86(if (is_avx2(isa)) avx2_tables(&tables, MODE_EXACT, &job.avx2);)
     pool_run(threads, (rows + TILE_ROWS - 1) / TILE_ROWS, decode_rows, &job);
     return DONE;
 }
