@@ -21,6 +21,7 @@ from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks,
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, OutputMetric, Statistics, encode, output_error
 from aaac_ao.first_pass import LayerRecord
+from aaac_ao.fisher import Importance
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.moments import InputSums
 from aaac_ao.options import Options
@@ -71,7 +72,8 @@ def _encode_together(
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     parts = [] if shifts is None else [shifts.take(name, statistics.tokens) for name in names]
     shift = torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
-    known = [options.metrics.pop(name) for name in names if name in options.metrics]
+    metrics = options.importance.metrics
+    known = [metrics.pop(name) for name in names if name in metrics]
     metric = OutputMetric.joined(known) if len(known) == len(names) else None
     try:
         encoding = encode(weight, options.config, statistics, shift, metric, final)
@@ -135,14 +137,19 @@ def fold_awq(
 
 
 def gather(
-    layers: Mapping[str, nn.Module], stages: list[list[str]], full: bool, run: Callable[[], object]
+    layers: Mapping[str, nn.Module],
+    stages: list[list[str]],
+    full: bool,
+    run: Callable[[], object],
+    importance: Importance | None = None,
 ) -> list[tuple[list[str], InputSums]]:
-    """What the layers of each stage see during `run`."""
-    sums = {}
+    """What the layers of each stage see during `run`, which goes through all batches in order."""
+    sums, weights = {}, {}
     for stage in stages:
         first = layers[stage[0]]
         sums[first] = InputSums.zeros(first.in_features, first.weight.device, full)
-    add = lambda module, args, kwargs: sums[module].add(input_of(args, kwargs))  # noqa: E731
+        weights[first] = iter((importance and importance.token_weights(stage)) or ())
+    add = lambda module, args, kwargs: sums[module].add(input_of(args, kwargs), next(weights[module], None))  # noqa: E731
     with hooks(module.register_forward_pre_hook(add, with_kwargs=True) for module in sums):
         run()
     return list(zip(stages, sums.values(), strict=True))
@@ -229,7 +236,8 @@ class BlockPass:
     def gather(self, index: int, block: nn.Module, full: bool) -> list[tuple[list[str], InputSums]]:
         """What all layers of a block see in the original model; its hidden states move on."""
         own = {self.names[module]: module for module in block.modules() if module in self.names}
-        return gather(own, self.observed.stages_of(set(own)), full, partial(self._advance, index, block, self.original))
+        run = partial(self._advance, index, block, self.original)
+        return gather(own, self.observed.stages_of(set(own)), full, run, self.options.importance)
 
     def _at_once(
         self,
@@ -290,13 +298,15 @@ class BlockPass:
         the last stage the original stream moves behind the block.
         """
         shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
+        weights = self.options.importance.token_weights(list(layers))
         apart = last and shifts is not None and not self.restore
         if apart:  # one more pass, but the original weights are gone before there is a Hessian
-            shifts = self._compare(index, block, layers, originals, None, shifts, leave=True)
+            shifts = self._compare(index, block, layers, originals, None, shifts, True, weights)
             self._let_go(originals)
         first = next(iter(layers.values()))
         sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
-        others = self._compare(index, block, layers, originals, sums, None if apart else shifts, last and not apart)
+        others = None if apart else shifts
+        others = self._compare(index, block, layers, originals, sums, others, last and not apart, weights)
         if last and not apart:
             self._let_go(originals)
         if int(sums.tokens) == 0:
@@ -312,8 +322,11 @@ class BlockPass:
         sums: InputSums | None,
         shifts: OutputShifts | None,
         leave: bool,
+        weights: list[torch.Tensor] | None,
     ) -> OutputShifts | None:
         """Add what a stage sees to the sums, and how it differs to the shifts; these, or None if it cannot be told.
+
+        `weights` are those of the tokens of every batch, None if they count alike.
 
         With `leave` the original stream moves behind the block on the way: nothing runs its original weights again.
 
@@ -326,9 +339,10 @@ class BlockPass:
         finite = []
         for batch in range(len(self.original)):
             now = captured_inputs(partial(self._call, self.quantised, batch, index, block), sites, until)
+            own = None if weights is None else weights[batch]
             if sums is not None:
                 for x in now[first]:
-                    sums.add(x)
+                    sums.add(x, own)
                 finite.append(torch.isfinite(sums.squares.sum()))
             if shifts is None and not leave:
                 continue
@@ -338,7 +352,7 @@ class BlockPass:
             if shifts is not None and [x.shape for x in now[first]] != [x.shape for x in then[first]]:
                 shifts = None  # tokens are routed differently
             if shifts is not None:
-                shifts.add(then, now)
+                shifts.add(then, now, own)
         if finite and not bool(finite[-1]):
             bad = [bool(good) for good in finite].index(False)
             raise ValueError(

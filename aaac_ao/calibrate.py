@@ -32,7 +32,7 @@ from aaac_ao.first_pass import (
     report_coverage,
     run_batch,
 )
-from aaac_ao.fisher import output_metrics
+from aaac_ao.fisher import importance_of
 from aaac_ao.hidden import StateCache, hidden_directory
 from aaac_ao.moments import InputSums
 from aaac_ao.options import Options
@@ -79,10 +79,11 @@ def calibrate_(
         awq: scale input channels first, folded into the layers before them (AWQ, arXiv 2306.00978).
         share_codebooks: one pair of codebooks, and one per-tensor scale, for all layers that read the same input
             (q/k/v, gate/up), so that serving stacks can fuse them.
-        fisher: weigh errors of outputs by how much they, alone and together, change the model's predictions
-            (`output_metrics`), and let rows of a weight make up for each other. Needs one backward pass over the data,
-            whose memory is that of one batch in training without optimiser, and a matrix for the outputs of every
-            layer with no more outputs than inputs; loses less. Not with `awq`.
+        fisher: weigh errors of outputs by how much they, alone and together, change the model's predictions, weigh
+            tokens likewise (`importance_of`), and let rows of a weight make up for each other. Needs one backward pass
+            over the data, whose memory is that of one batch in training without optimiser, a matrix for the outputs
+            of every layer with no more outputs than inputs, and 2 bytes for every token and layer; loses less. Not
+            with `awq`.
         statistics: a file of `collect_statistics` or `merge_statistics` to use instead of batches.
         resume_dir: keep finished blocks in this directory, and take those that are there from it: the same call on the
             same original model goes on where an earlier one was stopped, with the same bits as without the stop.
@@ -120,7 +121,7 @@ def calibrate_(
             device = next(iter(layers.values())).weight.device
             folder = RunFolder(resume_dir, fingerprint(layers, rows, batches, options.settings(), device))
         if fisher:
-            options = dataclasses.replace(options, metrics=output_metrics(model, batches, layers, progress))
+            options = dataclasses.replace(options, importance=importance_of(model, batches, layers, progress))
         with _prepared(model, batches, layers, cache_dir, strict) as (record, observed, blocks):
             layers = {name: module for name, module in layers.items() if observed.tokens[name]}
             outside = layers_outside(layers, blocks)
@@ -249,7 +250,8 @@ def _quantise_together(
     if not layers:
         return
     stages = observed.stages_of(set(layers))
-    statistics = means(gather(layers, stages, options.full, lambda: [run_batch(model, batch) for batch in batches]))
+    run = lambda: [run_batch(model, batch) for batch in batches]  # noqa: E731
+    statistics = means(gather(layers, stages, options.full, run, options.importance))
     quantise_stages(layers, stages, statistics, options, report)
 
 

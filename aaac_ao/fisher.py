@@ -1,14 +1,20 @@
 """How much errors of every layer's outputs matter to what the model predicts, from one backward pass over the data.
 
+Of all outputs of a layer, alone and together, and of all its outputs for one token.
+
 With g the derivatives of -log p(label) by the outputs of a layer, and labels drawn from the model's own predictions,
 E[g g^T] is the layer's block of the Fisher information: to second order, an error e of the outputs adds
 e^T E[g g^T] e / 2 to the KL divergence between the predictions. No label of the data is used, and no weight trained.
+
+A token counts by the size of its g: H becomes the mean of w x x^T. To second order w would be |g|^2; it is tempered by
+`TOKEN_POWER`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,14 +29,42 @@ from aaac_ao.first_pass import Batch, call_model, without_caches
 _CHUNK_LOGITS = 1 << 24
 #: Seed of the labels.
 _SEED = 0
+#: Of |g|^2 in the weight of a token: with all of it few tokens rule, and their g depends on the labels drawn.
+TOKEN_POWER = 0.5
 
 
-def output_metrics(
+@dataclass(frozen=True)
+class Importance:
+    """What matters about the outputs of layers, by name. Entries are taken out when they are used.
+
+    Attributes:
+        metrics: how errors of outputs count, and add up; some or all may be missing.
+        sizes: |g| of all tokens, bf16 [tokens] for every batch, in main memory; none for layers that see only some of
+            the tokens, or see them more than once.
+    """
+
+    metrics: dict[str, OutputMetric] = field(default_factory=dict)
+    sizes: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def token_weights(self, names: list[str]) -> list[torch.Tensor] | None:
+        """How much tokens count for layers that read the same input: fp32 [tokens] for every batch, 1 in the mean.
+
+        None if they count alike.
+        """
+        found = [self.sizes.pop(name) for name in names if name in self.sizes]
+        shares = [_shares([part.float().square() for part in sizes]) for sizes in found]
+        if len(found) < len(names) or any(share is None for share in shares):
+            return None
+        weights = [torch.stack(parts).mean(0) ** TOKEN_POWER for parts in zip(*shares, strict=True)]
+        return _shares(weights)
+
+
+def importance_of(
     model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Linear], progress: bool = True
-) -> dict[str, OutputMetric]:
-    """The Fisher information of the outputs of layers, as the encoder takes it.
+) -> Importance:
+    """The Fisher information of the outputs of layers, as the encoder takes it, and the sizes of tokens' derivatives.
 
-    Only layers with no more outputs than inputs are looked at: for wider ones the matrices are large and win little.
+    Layers with more outputs than inputs get no metric: the matrices are large and win little.
 
     Args:
         model: gives logits, as `.logits` or by itself; it needs the memory of a backward pass over one batch.
@@ -40,28 +74,36 @@ def output_metrics(
         progress: show a progress bar.
 
     Returns:
-        By name; without layers that the model's predictions do not depend on.
+        Both by name; without layers that the model's predictions do not depend on.
 
     Raises:
         ValueError: the model gives no logits, or logits or derivatives that are NaN or infinite.
     """
     sums = {n: torch.zeros(m.out_features, m.out_features, device=m.weight.device) for n, m in layers.items()
             if m.out_features <= m.in_features}  # fmt: skip
+    sizes: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     generator = None
 
     def watch(name: str):
+        def backward(gradient: torch.Tensor) -> None:
+            gradient = gradient.detach().flatten(0, -2).float()
+            sizes[name].append(torch.linalg.vector_norm(gradient, dim=1).bfloat16().cpu())
+            if name in sums:
+                sums[name].addmm_(gradient.t(), gradient)
+
         def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:  # nothing before it does; what follows may change it in place
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(lambda gradient: _add(sums[name], gradient))
+            output.register_hook(backward)
             return output
 
         return after
 
+    tokens = []
     with ExitStack() as stack:
         for context in (evaluation_mode(model), without_caches(model), _frozen(model), torch.enable_grad()):
             stack.enter_context(context)
-        stack.enter_context(hooks(layers[name].register_forward_hook(watch(name)) for name in sums))
+        stack.enter_context(hooks(layer.register_forward_hook(watch(name)) for name, layer in layers.items()))
         for index, batch in enumerate(tqdm(batches, desc="weighing outputs", disable=not progress, unit="batch")):
             logits, mask = _logits(model, batch)
             if not bool(torch.isfinite(logits).all()):
@@ -70,6 +112,7 @@ def output_metrics(
                 generator = torch.Generator(logits.device).manual_seed(_SEED)
             losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
             (losses if mask is None else losses * mask.to(losses)).sum().backward()
+            tokens.append(len(logits))
     metrics = {}
     for name in list(sums):
         matrix = sums.pop(name)
@@ -78,12 +121,13 @@ def output_metrics(
                 metrics[name] = OutputMetric(matrix)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return metrics
+    return Importance(metrics, {name: own for name, own in sizes.items() if [len(part) for part in own] == tokens})
 
 
-def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
-    gradient = gradient.detach().flatten(0, -2).float()
-    total.addmm_(gradient.t(), gradient)
+def _shares(parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Values of all tokens by their mean, fp32; None if that is 0 or not finite."""
+    mean = torch.stack([part.double().sum() for part in parts]).sum() / sum(len(part) for part in parts)
+    return [(part / mean).float() for part in parts] if 0 < float(mean) < torch.inf else None
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,14 @@ _CHUNK_NUMBERS = 1 << 20
 def in_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Input vectors [tokens, K] in parts of which fp32 copies are small."""
     return x.split(max(1, _CHUNK_NUMBERS // x.shape[1]))
+
+
+def roots_in_chunks(weights: torch.Tensor | None, x: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    """What to multiply those parts of x with, [tokens, 1], so that products of two vectors have weights [tokens]."""
+    parts = in_chunks(x)
+    if weights is None:
+        return [None] * len(parts)
+    return weights.to(x.device).sqrt()[:, None].split([len(part) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,17 @@ class InputSums:
         return cls(torch.zeros(in_features, device=device), tokens, hessian)
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor) -> None:
-        """Add the input vectors x [..., K]; nothing is read back from the device."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the input vectors x [..., K]; nothing is read back from the device.
+
+        Args:
+            x: of any float dtype.
+            weights: [tokens] fp32 >= 0, how often each of them counts; they still count as one token each.
+        """
         x = x.detach().reshape(-1, x.shape[-1])
         self.tokens.add_(len(x))
-        for part in in_chunks(x):
-            part = part.float()
+        for part, roots in zip(in_chunks(x), roots_in_chunks(weights, x), strict=True):
+            part = part.float() if roots is None else part.float() * roots
             self.squares.add_(torch.linalg.vector_norm(part, dim=0).square_())
             if self.hessian is not None:
                 self.hessian.addmm_(part.t(), part)

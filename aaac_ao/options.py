@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aaac_ao.config import AAACConfig
-from aaac_ao.encode import OutputMetric
+from aaac_ao.fisher import Importance
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Options:
     awq: bool = False
     share_codebooks: bool = False
     fisher: bool = False
-    #: of the outputs of layers, by name; some or all may be missing. They are taken out when they are used.
-    metrics: dict[str, OutputMetric] = field(default_factory=dict)
+    importance: Importance = field(default_factory=Importance)
 
     @classmethod
     def of(

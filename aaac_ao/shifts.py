@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from aaac_ao.moments import in_chunks
+from aaac_ao.moments import in_chunks, roots_in_chunks
 
 #: fp32 copies of weights are made of about this many at a time.
 _CHUNK_WEIGHTS = 1 << 18
@@ -41,14 +41,25 @@ class OutputShifts:
         """The modules whose inputs are residual streams."""
         return set(self._bases.values())
 
-    def add(self, then: Mapping[nn.Module, list[torch.Tensor]], now: Mapping[nn.Module, list[torch.Tensor]]) -> None:
-        """Add one batch: inputs [..., K] of the first layer, one per call, and of the sites, in both streams."""
+    def add(
+        self,
+        then: Mapping[nn.Module, list[torch.Tensor]],
+        now: Mapping[nn.Module, list[torch.Tensor]],
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add one batch: inputs [..., K] of the first layer, one per call, and of the sites, in both streams.
+
+        `weights`: fp32 [tokens] >= 0, how much tokens count, for layers that are called once; None: all alike.
+        """
         first = next(iter(self._layers.values()))
         for x_then, x_now in zip(then[first], now[first], strict=True):
-            start = 0
-            for x0, x in zip(*(in_chunks(part.flatten(0, -2)) for part in (x_then, x_now)), strict=True):
+            start, x_then, x_now = 0, x_then.flatten(0, -2), x_now.flatten(0, -2)
+            parts = (in_chunks(x_then), in_chunks(x_now), roots_in_chunks(weights, x_now))
+            for x0, x, roots in zip(*parts, strict=True):
                 tokens, x = slice(start, start + len(x)), x.float()
                 difference = x0.to(torch.float32, copy=True).sub_(x)
+                if roots is not None:  # one root with either factor of the products below
+                    difference, x = difference.mul_(roots), x * roots
                 start = tokens.stop
                 if self._shift is not None:
                     self._shift.addmm_(difference.t(), x)
@@ -60,7 +71,8 @@ class OutputShifts:
                             part.addmm_((difference @ rows.float().t()).t(), x)
                     if name in self._bases:
                         streams = (part[self._bases[name]][0].flatten(0, -2)[tokens].float() for part in (then, now))
-                        total.addmm_(next(streams).sub(next(streams)).t(), x)
+                        drift = next(streams).sub(next(streams))
+                        total.addmm_((drift if roots is None else drift.mul_(roots)).t(), x)
 
     def take(self, name: str, tokens: int) -> torch.Tensor:
         """The [N, K] fp32 matrix of a layer, once, from sums over so many tokens; the sums go with the last layer."""
