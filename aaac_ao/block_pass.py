@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 from aaac_ao.awq import find_pairs, fold, scaled, search_scale
-from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, hooks, input_of, residual_bases
+from aaac_ao.blocks import CallRecord, captured_inputs, hidden_states_of, residual_bases
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode import Encoding, OutputMetric, Statistics, encode, output_error
 from aaac_ao.first_pass import LayerRecord
-from aaac_ao.fisher import Importance
 from aaac_ao.heap import hand_back_memory
-from aaac_ao.moments import InputSums
+from aaac_ao.moments import InputSums, gather, means
 from aaac_ao.options import Options
 from aaac_ao.resume import RunFolder
 from aaac_ao.shifts import OutputShifts
@@ -133,35 +132,7 @@ def fold_awq(
     return scales
 
 
-# gathering
-
-
-def gather(
-    layers: Mapping[str, nn.Module],
-    stages: list[list[str]],
-    full: bool,
-    run: Callable[[], object],
-    importance: Importance | None = None,
-) -> list[tuple[list[str], InputSums]]:
-    """What the layers of each stage see during `run`, which goes through all batches in order."""
-    sums, weights = {}, {}
-    for stage in stages:
-        first = layers[stage[0]]
-        sums[first] = InputSums.zeros(first.in_features, first.weight.device, full)
-        weights[first] = iter((importance and importance.token_weights(stage)) or ())
-    add = lambda module, args, kwargs: sums[module].add(input_of(args, kwargs), next(weights[module], None))  # noqa: E731
-    with hooks(module.register_forward_pre_hook(add, with_kwargs=True) for module in sums):
-        run()
-    return list(zip(stages, sums.values(), strict=True))
-
-
-def means(gathered: list[tuple[list[str], InputSums]]) -> dict[str, Statistics]:
-    """Statistics by layer, one object for each stage; without layers that saw nothing."""
-    found: dict[str, Statistics] = {}
-    for stage, sums in gathered:
-        if int(sums.tokens):
-            found.update(dict.fromkeys(stage, sums.statistics(in_place=True)))
-    return found
+# one block
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from aaac_ao.block_pass import BlockPass, Report, fold_awq, gather, means, quantise_stages
+from aaac_ao.block_pass import BlockPass, Report, fold_awq, quantise_stages
 from aaac_ao.blocks import CallRecord, find_blocks
 from aaac_ao.config import AAACConfig
 from aaac_ao.first_pass import (
@@ -34,7 +34,7 @@ from aaac_ao.first_pass import (
 )
 from aaac_ao.fisher import importance_of
 from aaac_ao.hidden import StateCache, hidden_directory
-from aaac_ao.moments import InputSums
+from aaac_ao.moments import InputSums, gather, means
 from aaac_ao.options import Options
 from aaac_ao.resume import RunFolder, fingerprint
 from aaac_ao.statistics import StatisticsFile, write_statistics

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from aaac_ao.blocks import hooks, input_of
 from aaac_ao.encode import Statistics
+
+if TYPE_CHECKING:
+    from aaac_ao.fisher import Importance
 
 #: fp32 copies of inputs are made for about this many numbers at a time.
 _CHUNK_NUMBERS = 1 << 20
@@ -78,3 +84,31 @@ class InputSums:
         if hessian is not None:
             hessian = hessian.div_(tokens) if in_place else hessian / tokens
         return Statistics(self.squares / tokens, tokens, hessian)
+
+
+def gather(
+    layers: Mapping[str, nn.Module],
+    stages: list[list[str]],
+    full: bool,
+    run: Callable[[], object],
+    importance: Importance | None = None,
+) -> list[tuple[list[str], InputSums]]:
+    """What the layers of each stage see during `run`, which goes through all batches in order."""
+    sums, weights = {}, {}
+    for stage in stages:
+        first = layers[stage[0]]
+        sums[first] = InputSums.zeros(first.in_features, first.weight.device, full)
+        weights[first] = iter((importance and importance.token_weights(stage)) or ())
+    add = lambda module, args, kwargs: sums[module].add(input_of(args, kwargs), next(weights[module], None))  # noqa: E731
+    with hooks(module.register_forward_pre_hook(add, with_kwargs=True) for module in sums):
+        run()
+    return list(zip(stages, sums.values(), strict=True))
+
+
+def means(gathered: list[tuple[list[str], InputSums]]) -> dict[str, Statistics]:
+    """Statistics by layer, one object for each stage; without layers that saw nothing."""
+    found: dict[str, Statistics] = {}
+    for stage, sums in gathered:
+        if int(sums.tokens):
+            found.update(dict.fromkeys(stage, sums.statistics(in_place=True)))
+    return found

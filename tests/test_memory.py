@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from aaac_ao import AAACConfig, Statistics, block_pass, calibrate_checkpoint
+from aaac_ao import AAACConfig, Statistics, block_pass, calibrate_checkpoint, heap
 from aaac_ao.blocks import residual_bases
 from aaac_ao.checkpoint import ModelOnDisk
 from aaac_ao.encode import encode, second_order
@@ -114,6 +114,13 @@ def test_residual_streams_are_found_without_keeping_activations():
         peak = peak_of(lambda: found.update(residual_bases(block, lambda: block(x), {"down": block.down})))
     assert found == {"down": block.up}  # the latest module that sees the stream
     assert peak < plain + 2048 * 1024 * 4 * 1.5  # samples of eight inputs, 256 tokens each
+
+
+def test_products_after_mkl_gave_its_buffers_back():
+    a, b = torch.randn(300, 700), torch.randn(700, 500)
+    before = a @ b
+    heap._free_mkl_buffers()()
+    assert torch.equal(a @ b, before)
 
 
 @pytest.mark.parametrize("outputs", [8, 40])
