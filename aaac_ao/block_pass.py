@@ -270,14 +270,14 @@ class BlockPass:
         """
         shifts = OutputShifts(layers, bases) if self.options.full and self._changed else None
         weights = self.options.importance.token_weights(list(layers))
+        compare = partial(self._compare, index, block, layers, originals, weights)
         apart = last and shifts is not None and not self.restore
         if apart:  # one more pass, but the original weights are gone before there is a Hessian
-            shifts = self._compare(index, block, layers, originals, None, shifts, True, weights)
+            shifts = compare(None, shifts, leave=True)
             self._let_go(originals)
         first = next(iter(layers.values()))
         sums = InputSums.zeros(first.in_features, first.weight.device, self.options.full)
-        others = None if apart else shifts
-        others = self._compare(index, block, layers, originals, sums, others, last and not apart, weights)
+        others = compare(sums, None if apart else shifts, leave=last and not apart)
         if last and not apart:
             self._let_go(originals)
         if int(sums.tokens) == 0:
@@ -290,10 +290,10 @@ class BlockPass:
         block: nn.Module,
         layers: dict[str, nn.Module],
         originals: dict[str, nn.Parameter],
+        weights: list[torch.Tensor] | None,
         sums: InputSums | None,
         shifts: OutputShifts | None,
         leave: bool,
-        weights: list[torch.Tensor] | None,
     ) -> OutputShifts | None:
         """Add what a stage sees to the sums, and how it differs to the shifts; these, or None if it cannot be told.
 
