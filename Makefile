@@ -12,8 +12,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 demo: $(STAMP)
 	$(BIN)/aaac-ao demo
 
+# File by file in several processes: fixtures of a file are made once, and some take a minute or more
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC nearest", {"rounding": "nearest"}, {}),
     ("AAAC nearest + awq", {"rounding": "nearest"}, {"awq": True}),
     ("AAAC gptq-fast", {"rounding": "gptq-fast"}, {"propagate": "quantized"}),
+    ("AAAC gptq-fast + fisher", {"rounding": "gptq-fast"}, {"propagate": "quantized", "fisher": True}),
     ("AAAC gptq, original inputs", {"rounding": "gptq"}, {"propagate": "original"}),
     (
         "AAAC gptq, original inputs, shared books",

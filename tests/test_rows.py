@@ -81,15 +81,16 @@ def test_output_error_is_the_trace():
         assert float(output_error(error, hessian, given)) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-fast"])
 @pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 64)])
-def test_coupled_rows_lose_less_in_the_metric(fmt, group_size):
+def test_coupled_rows_lose_less_in_the_metric(fmt, group_size, rounding):
     n, k = 72, 172
     weight, statistics, metric = (
         torch.randn(n, k) * 0.02,
         statistics_of(correlated(1000, k)),
         OutputMetric(random_metric(n, 9.0)),
     )
-    config = AAACConfig(fmt, group_size, rounding="gptq")
+    config = AAACConfig(fmt, group_size, rounding=rounding)
     nearest = encode(weight, AAACConfig(fmt, group_size, rounding="nearest"), statistics)
     plain, coupled = encode(weight, config, statistics), encode(weight, config, statistics, output_metric=metric)
     errors = [exact_error(weight, e, group_size, statistics.hessian, metric.matrix) for e in (nearest, plain, coupled)]

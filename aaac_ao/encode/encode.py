@@ -132,11 +132,12 @@ def encode(
         return _first_order(weight, importance, config)
     _check_second_order(config, statistics, output_shift, output_metric, weight)
     fast = config.rounding == "gptq-fast"
-    second_order = statistics.second_order(config.group_size, FAST_COLUMNS if fast else BLOCK_COLUMNS)
+    columns = FAST_COLUMNS if fast and output_metric is None else BLOCK_COLUMNS
+    second_order = statistics.second_order(config.group_size, columns)
     target = second_order.target(weight, output_shift)
     if fast:
         start = _start(target, _importance_of(second_order.importance, config), config)
-        encoding = second_order.round_once(target, start, config)
+        encoding = second_order.round_once(target, start, config, output_metric)
         if final:
             second_order.forget_factor()
         return encoding
@@ -268,8 +269,6 @@ def _check_second_order(
         raise ValueError(
             f"rounding={config.rounding!r} needs the full second moments of calibration data; prepare the layer with it"
         )
-    if output_metric is not None and config.rounding == "gptq-fast":
-        raise ValueError("rounding='gptq-fast' cannot use an output metric; set rounding to 'gptq' or 'auto'")
     metric = None if output_metric is None else output_metric.matrix
     parts = (
         ("hessian", statistics.hessian, (k, k)),

@@ -11,7 +11,8 @@ Wherever descent comes by, it first fits the scales of a block to its codes.
 
 The fast way (`round_once`) ends with one feedback, in smaller blocks and with fewer scales.
 
-With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`).
+With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`). Beside
+that work, blocks, scales and descent inside blocks as in step 3 cost the fast way little.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CORRECTION = 0.7
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
 #: The same for the only feedback of the fast way: around `FAST_CENTER` times the scale of round-to-nearest.
 FAST_SCALES, FAST_CENTER = (2, 0.06), 0.96
-#: Columns that the fast way rounds at a time; a multiple of every group.
+#: Columns that the fast way rounds at a time, where rows go each for itself; a multiple of every group.
 FAST_COLUMNS = 128
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
@@ -155,11 +156,7 @@ class SecondOrder:
             A better encoding, or None, and the error of the start, fp64 0-D, both errors under H and the metric.
         """
         start, factor = self._with_error(weight, start, config, output_metric), self.factor
-        if output_metric is None:
-            rows, panels = _rows(weight), None
-        else:  # many small chunks, which would each compute the metrics
-            rows = CoupledRows(weight, output_metric, self.hessian)
-            panels = [Metric.of_panel(panel) for panel in factor]
+        rows, panels = self._rows_in_turn(weight, output_metric, CHUNK_WEIGHTS)
 
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
@@ -196,26 +193,42 @@ class SecondOrder:
         rounded = self._with_error(weight, rounded, config, output_metric)
         return rounded if bool(rounded.error < start.error) else None, start.error
 
-    def round_once(self, weight: torch.Tensor, start: Encoding, config: AAACConfig) -> Encoding:
+    def round_once(
+        self, weight: torch.Tensor, start: Encoding, config: AAACConfig, output_metric: OutputMetric | None = None
+    ) -> Encoding:
         """Feedback alone, with books as they are: a fraction of the work of `refine`.
 
         Args:
             weight: [N, K] of any float dtype, the target.
             start: books, and scales around which others are tried; overwritten.
             config: settings.
+            output_metric: of the outputs; without one all matter alike.
 
         Returns:
-            An encoding with the error under the damped H.
+            An encoding with the error under the damped H, or under H and the metric.
         """
-        around, errors = _candidates(start, config, *FAST_SCALES), []
+        rows, panels = self._rows_in_turn(weight, output_metric, FAST_CHUNK_WEIGHTS)
+        alone, errors = output_metric is None, []
+        around = _candidates(start, config, *(FAST_SCALES if alone else FEEDBACK_SCALES))
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            grid, codes, lost = feedback(w, self.order, self.factor, grid, around, sweeps=0)
+            grid, codes, lost = feedback(w, self.order, self.factor, grid, around, panels, 0 if alone else None)
             errors.append(lost.double().sum())
             return grid, codes
 
-        _by_rows(_rows(weight, FAST_CHUNK_WEIGHTS), start, config, forward)
-        return dataclasses.replace(start, error=torch.stack(errors).sum())
+        _by_rows(rows, start, config, forward)
+        if alone:
+            return dataclasses.replace(start, error=torch.stack(errors).sum())
+        return self._with_error(weight, start, config, output_metric)
+
+    def _rows_in_turn(
+        self, weight: torch.Tensor, output_metric: OutputMetric | None, chunk: int
+    ) -> tuple[Rows, list[Metric] | None]:
+        """The rows of a weight, and what feedback needs of the panels where there are too many chunks to derive it."""
+        if output_metric is None:
+            return _rows(weight, chunk), None
+        rows = CoupledRows(weight, output_metric, self.hessian)
+        return rows, [Metric.of_panel(panel) for panel in self.factor]
 
     def _with_error(
         self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
