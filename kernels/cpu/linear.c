@@ -11,6 +11,7 @@
 #include <cpuid.h>
 
 #include "avx2.h"
+#include "avx2_decode.h"
 #include "avx512.h"
 #else
 #define X86(...)
