@@ -132,8 +132,7 @@ def encode(
         return _first_order(weight, importance, config)
     _check_second_order(config, statistics, output_shift, output_metric, weight)
     fast = config.rounding == "gptq-fast"
-    columns = FAST_COLUMNS if fast and output_metric is None else BLOCK_COLUMNS
-    second_order = statistics.second_order(config.group_size, columns)
+    second_order = statistics.second_order(config.group_size, FAST_COLUMNS if fast else BLOCK_COLUMNS)
     target = second_order.target(weight, output_shift)
     if fast:
         start = _start(target, _importance_of(second_order.importance, config), config)

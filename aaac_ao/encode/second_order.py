@@ -12,7 +12,7 @@ Wherever descent comes by, it first fits the scales of a block to its codes.
 The fast way (`round_once`) ends with one feedback, in smaller blocks and with fewer scales.
 
 With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`). Beside
-that work, blocks, scales and descent inside blocks as in step 3 cost the fast way little.
+that work, scales and descent inside blocks as in step 3 cost the fast way little.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CORRECTION = 0.7
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
 #: The same for the only feedback of the fast way: around `FAST_CENTER` times the scale of round-to-nearest.
 FAST_SCALES, FAST_CENTER = (2, 0.06), 0.96
-#: Columns that the fast way rounds at a time, where rows go each for itself; a multiple of every group.
+#: Columns that the fast way rounds at a time; a multiple of every group.
 FAST_COLUMNS = 128
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
