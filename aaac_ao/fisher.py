@@ -87,7 +87,7 @@ def importance_of(
     def watch(name: str):
         def backward(gradient: torch.Tensor) -> None:
             gradient = gradient.detach().flatten(0, -2).float()
-            sizes[name].append(torch.linalg.vector_norm(gradient, dim=1).bfloat16().cpu())
+            sizes[name].append(torch.linalg.vector_norm(gradient, dim=1).bfloat16())
             if name in sums:
                 sums[name].addmm_(gradient.t(), gradient)
 
@@ -112,6 +112,8 @@ def importance_of(
                 generator = torch.Generator(logits.device).manual_seed(_SEED)
             losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
             (losses if mask is None else losses * mask.to(losses)).sum().backward()
+            for own in sizes.values():  # not within the backward pass: an accelerator would be waited for every time
+                own[:] = [part.cpu() for part in own]
             tokens.append(len(logits))
     metrics = {}
     for name in list(sums):
