@@ -3,8 +3,8 @@
 First `calibrate_` on a model in memory, then `calibrate_checkpoint` on a model of many blocks that is written to disk
 with random weights. Each run has a process of its own. On the CPU the peak is the high-water mark of the resident
 memory, mapped files included, above what it was before the call, after a warm-up; on CUDA it is what torch allocated.
-For `calibrate_` glibc is told to hand freed memory back (MALLOC_MMAP_THRESHOLD_=65536), so that what it keeps for later
-is not counted; the last column is the peak without that. `calibrate_checkpoint` runs as it is.
+For `calibrate_` glibc and MKL are told to hand freed memory back (`HANDS_BACK`), so that what they keep for later is
+not counted; the last column is the peak without that. `calibrate_checkpoint` runs as it is.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from aaac_ao.blocks import find_blocks
 SIZES = {"in memory": (512, 3072, 2), "on disk": (1024, 2816, 24)}
 VOCABULARY, HEAD_SIZE = 8192, 64
 MB = 1 << 20
+HANDS_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
 
 
 def config_of(hidden: int, intermediate: int, blocks: int) -> Any:
@@ -197,7 +198,7 @@ def run_on_disk(rounding: str, tokens: int, device: str) -> dict[str, float]:
 
 def in_process(*call: Any, hands_back: bool = False) -> dict[str, float]:
     """The result of a run in a process of its own, in MB."""
-    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if hands_back else {})}
+    environment = {**os.environ, **(HANDS_BACK if hands_back else {})}
     command = [sys.executable, "-m", "benchmarks.memory", "--call", json.dumps(call)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
