@@ -113,7 +113,7 @@ def importance_of(
             losses = nn.functional.cross_entropy(logits, _draw(logits.detach(), generator), reduction="none")
             (losses if mask is None else losses * mask.to(losses)).sum().backward()
             for own in sizes.values():  # not within the backward pass: an accelerator would be waited for every time
-                own[:] = [part.cpu() for part in own]
+                own[-1:] = [part.cpu() for part in own[-1:]]
             tokens.append(len(logits))
     metrics = {}
     for name in list(sums):
