@@ -15,6 +15,8 @@
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
+#define pull_of NAME(pull_of)
+#define root_times NAME(root_times)
 #define choose NAME(choose)
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -156,6 +158,33 @@ INLINE TARGET void choose(const Block *b, const Floats *target, int group, int64
     }
 }
 
+// The metric times the error, which is root^T times root times the error.
+INLINE TARGET void pull_of(const Block *b, const Floats *root_times_error, Floats *pull) {
+    memset(pull, 0, sizeof(Floats) * b->columns);
+    for (int start = 0; start < b->columns; start += STRIP) {
+        int count = b->columns - start < STRIP ? b->columns - start : STRIP;
+        Floats steps[STRIP];
+        for (int i = 0; i < count; i++) steps[i] = -root_times_error[start + i];
+        take_steps(pull, b->root + (int64_t)start * b->columns, b->columns, steps, count, 0, start + count);
+    }
+}
+
+INLINE TARGET void root_times(const Block *b, const Floats *error, Floats *product) {
+    int start = 0;
+    for (; start + STRIP <= b->columns; start += STRIP) {
+        const float *rows = b->root + (int64_t)start * b->columns;
+        Floats sum[STRIP] = {{0}}; // side by side: one sum would wait for itself
+        for (int j = 0; j < start + STRIP; j++)
+#pragma GCC unroll 8
+            for (int i = 0; i < STRIP; i++) sum[i] += rows[(int64_t)i * b->columns + j] * error[j];
+        memcpy(product + start, sum, sizeof sum);
+    }
+    for (; start < b->columns; start++) {
+        product[start] = (Floats){0};
+        for (int j = 0; j <= start; j++) product[start] += b->root[(int64_t)start * b->columns + j] * error[j];
+    }
+}
+
 TARGET static void NAME(round_rows)(void *job, int64_t index) {
     const Block *b = job;
     int columns = b->columns;
@@ -179,11 +208,7 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
             take_steps(left, b->factor + (int64_t)start * columns, columns, lost + start, stop - start, stop, columns);
         }
     }
-    for (int i = 0; i < columns && b->sweeps > 0; i++) { // metric times error
-        Floats sum = (Floats){0};
-        for (int j = 0; j < columns; j++) sum += b->metric[(int64_t)i * columns + j] * (target[j] - value[j]);
-        pull[i] = sum;
-    }
+    if (b->sweeps > 0) pull_of(b, lost, pull);
     for (int sweep = 0; sweep < b->sweeps; sweep++)
         for (int group = 0; group < b->groups; group++)
             for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
@@ -201,10 +226,12 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
                 take_steps(pull, rows, columns, step, stop - start, 0, start);
                 take_steps(pull, rows, columns, step, stop - start, stop, columns);
             }
+    if (b->sweeps > 0) {
+        for (int i = 0; i < columns; i++) target[i] -= value[i];
+        root_times(b, target, lost);
+    }
     for (int i = 0; i < columns; i++) {
-        Floats sum = b->sweeps > 0 ? (Floats){0} : lost[i];
-        for (int j = 0; j <= i && b->sweeps > 0; j++) sum += b->root[(int64_t)i * columns + j] * (target[j] - value[j]);
-        store(b->target + i * b->rows + row, sum, lanes);
+        store(b->target + i * b->rows + row, lost[i], lanes);
         for (int lane = 0; lane < lanes; lane++) b->codes[i * b->rows + row + lane] = (uint8_t)code[i][lane];
     }
     for (int group = 0; group < b->groups; group++) {
@@ -323,6 +350,8 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef nearest
 #undef nearest_of
 #undef take_steps
+#undef pull_of
+#undef root_times
 #undef choose
 #undef LANES
 #undef TARGET
