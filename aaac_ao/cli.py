@@ -82,7 +82,7 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="int4: 128 (default), 64, 32; nvfp4: 16.")] = None,
     codebooks: Annotated[str, typer.Option(help="learned, int4, fp4, nf4, bof4, bof4-s or if4.")] = "learned",
     rounding: Annotated[
-        str, typer.Option(help="gptq, gptq-fast, nearest; auto: gptq with --calibration, nearest without.")
+        str, typer.Option(help="gptq, gptq-thorough, nearest; auto: gptq with --calibration, nearest without.")
     ] = "auto",
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file to calibrate on; repeat for more. Without one: no data.")

@@ -12,7 +12,7 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS
 from aaac_ao.formats import FORMATS, ScaleFormat
 
 STEPS = (None, "prepare", "convert", "prepare_for_loading")
-ROUNDINGS = ("auto", "nearest", "gptq", "gptq-fast")
+ROUNDINGS = ("auto", "nearest", "gptq", "gptq-thorough")
 
 
 @dataclass
@@ -25,8 +25,8 @@ class AAACConfig(AOBaseConfig):
         codebooks: "learned" (two books per layer, activation-weighted k-means), or a fixed grid: "int4", "fp4",
             "nf4", "bof4", "bof4-s", "if4".
         rounding: "gptq": second-order rounding with the full matrix of the inputs' second moments (in_features^2 fp32
-            numbers per observed layer), which needs data; "gptq-fast": one pass of it, for a fraction of the time;
-            "nearest": their diagonal alone; "auto": "gptq" with data, "nearest" without.
+            numbers per observed layer), which needs data; "gptq-thorough": the same and more passes, for many times as
+            long; "nearest": their diagonal alone; "auto": "gptq" with data, "nearest" without.
         scale_search: search every group's scale together with its book. With fixed codebooks and no search the result
             is exactly round-to-nearest on that grid.
         iterations: k-means iterations of the learned books.
@@ -76,7 +76,7 @@ class AAACConfig(AOBaseConfig):
     @property
     def needs_hessian(self) -> bool:
         """Whether nothing can be quantised without second moments of the inputs."""
-        return self.rounding in ("gptq", "gptq-fast")
+        return self.rounding in ("gptq", "gptq-thorough")
 
     @property
     def scale_format(self) -> ScaleFormat:

@@ -27,6 +27,8 @@ from aaac_ao.first_pass import Batch, call_model, without_caches
 
 #: Logits that are turned into probabilities at a time.
 _CHUNK_LOGITS = 1 << 24
+#: Outputs of which a layer may have more than inputs; the sums for so many take 16 MB.
+SMALL_OUTPUTS = 2048
 #: Seed of the labels.
 _SEED = 0
 #: Of |g|^2 in the weight of a token: with all of it few tokens rule, and their g depends on the labels drawn.
@@ -64,7 +66,7 @@ def importance_of(
 ) -> Importance:
     """The Fisher information of the outputs of layers, as the encoder takes it, and the sizes of tokens' derivatives.
 
-    Layers with more outputs than inputs get no metric: the matrices are large and win little.
+    Layers with more outputs than inputs get a metric only if they have few: the matrices are large and win little.
 
     Args:
         model: gives logits, as `.logits` or by itself; it needs the memory of a backward pass over one batch.
@@ -80,7 +82,7 @@ def importance_of(
         ValueError: the model gives no logits, or logits or derivatives that are NaN or infinite.
     """
     sums = {n: torch.zeros(m.out_features, m.out_features, device=m.weight.device) for n, m in layers.items()
-            if m.out_features <= m.in_features}  # fmt: skip
+            if m.out_features <= max(m.in_features, SMALL_OUTPUTS)}  # fmt: skip
     sizes: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     generator = None
 

@@ -33,7 +33,7 @@ class Options:
         if propagate not in (None, "quantized", "original"):
             raise ValueError(f"propagate must be 'quantized' or 'original', got {propagate!r}")
         if fisher and config.rounding == "nearest":
-            raise ValueError("fisher=True needs rounding 'gptq', 'gptq-fast' or 'auto', got 'nearest'")
+            raise ValueError("fisher=True needs rounding 'gptq', 'gptq-thorough' or 'auto', got 'nearest'")
         if fisher and awq:
             raise ValueError("fisher=True and awq=True do not go together: AWQ changes the outputs that were weighed")
         by_rounding = "original" if config.rounding == "nearest" else "quantized"

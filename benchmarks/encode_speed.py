@@ -31,7 +31,7 @@ LLAMA_8B_WEIGHTS = 6_979_321_856
 GPTQ, HQQ = "torchao GPTQ", "torchao int4 HQQ"
 OURS = {
     f"AAAC {rounding}, {name}": AAACConfig(**setting, rounding=rounding)
-    for rounding in ("nearest", "gptq-fast", "gptq")
+    for rounding in ("nearest", "gptq", "gptq-thorough")
     for name, setting in {
         "nvfp4 g16": {"format": "nvfp4"},
         "int4 g64": {"group_size": 64},

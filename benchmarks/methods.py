@@ -30,8 +30,6 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC nearest, no scale search", {"rounding": "nearest", "scale_search": False}, {}),
     ("AAAC nearest", {"rounding": "nearest"}, {}),
     ("AAAC nearest + awq", {"rounding": "nearest"}, {"awq": True}),
-    ("AAAC gptq-fast", {"rounding": "gptq-fast"}, {"propagate": "quantized"}),
-    ("AAAC gptq-fast + fisher", {"rounding": "gptq-fast"}, {"propagate": "quantized", "fisher": True}),
     ("AAAC gptq, original inputs", {"rounding": "gptq"}, {"propagate": "original"}),
     (
         "AAAC gptq, original inputs, shared books",
@@ -41,21 +39,24 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC gptq", {"rounding": "gptq"}, {"propagate": "quantized"}),
     ("AAAC gptq + awq", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}),
     ("AAAC gptq + fisher", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}),
+    ("AAAC gptq-thorough", {"rounding": "gptq-thorough"}, {"propagate": "quantized"}),
+    ("AAAC gptq-thorough + fisher", {"rounding": "gptq-thorough"}, {"propagate": "quantized", "fisher": True}),
 )
 #: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
+_THOROUGH = {"rounding": "gptq-thorough"}
 _REST = ("choice", "sweeps", "descent", "fit", "annealing")
 ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
     ("two learned books", {"rounding": "nearest", "scale_search": False}, {}, ()),
     ("+ scale search", {"rounding": "nearest"}, {}, ()),
-    ("+ feedback", {"rounding": "gptq"}, {"propagate": "original"}, _REST),
-    ("+ scales and books chosen in it", {"rounding": "gptq"}, {"propagate": "original"}, _REST[1:]),
-    ("+ descent inside blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[2:]),
-    ("+ descent over blocks", {"rounding": "gptq"}, {"propagate": "original"}, _REST[3:]),
-    ("+ least-squares books and scales", {"rounding": "gptq"}, {"propagate": "original"}, _REST[4:]),
-    ("+ annealing", {"rounding": "gptq"}, {"propagate": "original"}, ()),
-    ("+ corrected for layers before", {"rounding": "gptq"}, {"propagate": "quantized"}, ()),
-    ("+ AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "awq": True}, ()),
-    ("+ fisher instead of AWQ", {"rounding": "gptq"}, {"propagate": "quantized", "fisher": True}, ()),
+    ("+ feedback", _THOROUGH, {"propagate": "original"}, _REST),
+    ("+ scales and books chosen in it", _THOROUGH, {"propagate": "original"}, _REST[1:]),
+    ("+ descent inside blocks", _THOROUGH, {"propagate": "original"}, _REST[2:]),
+    ("+ descent over blocks", _THOROUGH, {"propagate": "original"}, _REST[3:]),
+    ("+ least-squares books and scales", _THOROUGH, {"propagate": "original"}, _REST[4:]),
+    ("+ annealing", _THOROUGH, {"propagate": "original"}, ()),
+    ("+ corrected for layers before", _THOROUGH, {"propagate": "quantized"}, ()),
+    ("+ AWQ", _THOROUGH, {"propagate": "quantized", "awq": True}, ()),
+    ("+ fisher instead of AWQ", _THOROUGH, {"propagate": "quantized", "fisher": True}, ()),
 )
 
 

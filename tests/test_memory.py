@@ -63,12 +63,13 @@ def test_what_fp32_cannot_factorise_is_damped_or_done_in_fp64(tokens):
         inverse_factor(torch.eye(96) - torch.full((96, 96), 9.0), order, [96])
 
 
-def test_second_order_rounding_takes_half_a_matrix_besides_its_hessian():
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-thorough"])
+def test_second_order_rounding_takes_half_a_matrix_besides_its_hessian(rounding):
     k = 2048
     x = inputs(2 * k, k)
     hessian, weight = x.T @ x / len(x), torch.randn(64, k)
     before = hessian.clone()
-    config, matrix = AAACConfig("nvfp4", rounding="gptq"), 4 * k * k
+    config, matrix = AAACConfig("nvfp4", rounding=rounding), 4 * k * k
     peak = peak_of(lambda: encode(weight, config, Statistics(before.diagonal().clone(), len(x), hessian)))
     assert peak < 0.6 * matrix + 12 * MB  # the factor; chunks and tables do not grow with K
     assert torch.equal(hessian, before)
@@ -161,7 +162,7 @@ def test_the_factor_is_gone_before_the_last_weight_is_worked_on_under_h(monkeypa
     monkeypatch.setattr(second_order, "descend", descend)
     x, weight = inputs(600, 300), torch.randn(40, 300)
     statistics = Statistics((x * x).mean(0), 600, x.T @ x / 600)
-    config = AAACConfig("nvfp4", rounding="gptq")
+    config = AAACConfig("nvfp4", rounding="gptq-thorough")
     kept = encode(weight, config, statistics)
     assert min(alive) > 0
     alive.clear()

@@ -209,7 +209,8 @@ def test_steps_that_are_left_out_are_missed(monkeypatch):
         layers = [
             (w, Statistics(x.square().mean(0), len(x), x.T @ x / len(x))) for w, x in zip(weights, inputs, strict=True)
         ]
-        errors.append(sum(float(encode(w, AAACConfig(group_size=64, rounding="gptq"), s).error) for w, s in layers))
+        config = AAACConfig(group_size=64, rounding="gptq-thorough")
+        errors.append(sum(float(encode(w, config, s).error) for w, s in layers))
     assert len(ours.STEPS) == 5
     assert all(more > 1.002 * fewer for fewer, more in zip(errors, errors[1:], strict=False))
 

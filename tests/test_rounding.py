@@ -160,7 +160,7 @@ def test_both_paths_agree_on_a_layer(monkeypatch):
     x = torch.randn(900, 300) @ (torch.eye(300) + torch.randn(300, 300) / 300**0.5)
     statistics, weight = Statistics(x.square().mean(0), 900, x.T @ x / 900), torch.randn(70, 300)
     monkeypatch.setattr(annealing, "_kernel", lambda *of: None)  # it has no slow path
-    for config in (AAACConfig("nvfp4", rounding="gptq"), AAACConfig("int4", 64, rounding="gptq")):
+    for config in (AAACConfig("nvfp4", rounding="gptq"), AAACConfig("int4", 64, rounding="gptq-thorough")):
         errors = []
         for chosen in (compiled.library, lambda: None):
             with monkeypatch.context() as patch:

@@ -81,7 +81,7 @@ def test_output_error_is_the_trace():
         assert float(output_error(error, hessian, given)) == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "gptq-fast"])
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-thorough"])
 @pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 64)])
 def test_coupled_rows_lose_less_in_the_metric(fmt, group_size, rounding):
     n, k = 72, 172
@@ -99,7 +99,7 @@ def test_coupled_rows_lose_less_in_the_metric(fmt, group_size, rounding):
 
 
 def test_a_second_pass_over_coupled_rows_loses_less(monkeypatch):
-    config, errors = AAACConfig("int4", 32, rounding="gptq"), [0.0, 0.0]
+    config, errors = AAACConfig("int4", 32, rounding="gptq-thorough"), [0.0, 0.0]
     for _ in range(8):  # the bound is about weights on average: a single one gains 1.4 +- 0.5 %
         weight, statistics = torch.randn(64, 96), statistics_of(correlated(500, 96))
         metric = OutputMetric(random_metric(64, 9.0))
@@ -112,7 +112,7 @@ def test_a_second_pass_over_coupled_rows_loses_less(monkeypatch):
 
 def test_a_metric_without_couplings_changes_little():
     weight, statistics = torch.randn(40, 96), statistics_of(correlated(500, 96))
-    config = AAACConfig("int4", 32, rounding="gptq")
+    config = AAACConfig("int4", 32, rounding="gptq-thorough")
     plain = encode(weight, config, statistics)
     alike = encode(weight, config, statistics, output_metric=OutputMetric(torch.eye(40)))
     assert float(alike.error) / (1 + OUTPUT_DAMPING) == pytest.approx(float(plain.error), rel=0.03)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from aaac_ao.encode.feedback import Grid
+from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.rounding import triton_kernel
 from aaac_ao.encode.scales import reciprocal
 

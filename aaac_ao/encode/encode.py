@@ -15,23 +15,22 @@ from aaac_ao.codebooks import FIXED_CODEBOOKS, fixed_codebooks, learned_start, t
 from aaac_ao.config import AAACConfig
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
-from aaac_ao.encode.rounding import BLOCK_COLUMNS
 from aaac_ao.encode.rows import OutputMetric
 from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
-from aaac_ao.encode.second_order import FAST_CENTER, FAST_COLUMNS, SecondOrder
+from aaac_ao.encode.second_order import INDEPENDENT, ONCE_CENTER, SecondOrder
 from aaac_ao.formats import E4M3_MAX
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
 
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
-SAMPLE_WEIGHTS, FAST_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
+SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
 #: result; accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
-REFINE_ROUNDS, FAST_REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2, 2
+REFINE_ROUNDS, ONCE_REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2, 2
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
 LEARNED_LARGEST_E4M3 = 352.0
 #: Share of the mean importance added to every channel, so that rarely active channels keep sensible codes.
@@ -52,14 +51,13 @@ class Statistics:
     tokens: int
     hessian: torch.Tensor | None = None
 
-    _derived: dict[tuple[int, int], SecondOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _derived: dict[int, SecondOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def second_order(self, group_size: int, columns: int = BLOCK_COLUMNS) -> SecondOrder:
+    def second_order(self, group_size: int) -> SecondOrder:
         """What second-order rounding derives from the Hessian, computed once for all layers with these inputs."""
-        key = (group_size, columns)
-        if key not in self._derived:
-            self._derived[key] = SecondOrder(self.hessian.float(), *key)
-        return self._derived[key]
+        if group_size not in self._derived:
+            self._derived[group_size] = SecondOrder(self.hessian.float(), group_size)
+        return self._derived[group_size]
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,9 @@ def encode(
     The fixed grids stand as candidates: the result is never worse than any of them on this objective.
 
     With rounding="gptq", and with "auto" where the statistics hold a Hessian, the objective is the full
-    sum_n (w_n - q_n)^T H (w_n - q_n): see `second_order`. The result is never worse than the above on it. With
-    "gptq-fast" the objective is the same, but codes and scales come from one pass, which is compared with nothing.
+    sum_n (w_n - q_n)^T H (w_n - q_n), and codes and scales come from one pass: see `second_order`.
+    "gptq-thorough" goes on from there, for many times as long, and is never worse than the above on this objective. So
+    does "gptq" where inputs are so nearly independent that one pass may not be better.
 
     Args:
         weight: [out_features, in_features] of any float dtype.
@@ -131,10 +130,9 @@ def encode(
     ):
         return _first_order(weight, importance, config)
     _check_second_order(config, statistics, output_shift, output_metric, weight)
-    fast = config.rounding == "gptq-fast"
-    second_order = statistics.second_order(config.group_size, FAST_COLUMNS if fast else BLOCK_COLUMNS)
+    second_order = statistics.second_order(config.group_size)
     target = second_order.target(weight, output_shift)
-    if fast:
+    if config.rounding != "gptq-thorough" and bool(second_order.news < INDEPENDENT):
         start = _start(target, _importance_of(second_order.importance, config), config)
         encoding = second_order.round_once(target, start, config, output_metric)
         if final:
@@ -150,8 +148,11 @@ def encode(
             better = dataclasses.replace(_first_order(target, importance, config), error=before)
         return better, before
 
+    nearest = _first_order(target, importance, config)
+    plain_before = second_order.with_error(target, nearest, config, output_metric).error
+    del nearest
     encoding, before = refined(_importance_of(second_order.importance, config))
-    if bool(encoding.error > CLEAR_GAIN * before):
+    if bool(encoding.error > CLEAR_GAIN * torch.minimum(before, plain_before)):
         # little was gained: the start for the diagonal alone may have been as good
         plain, _ = refined(importance)
         encoding = plain if bool(plain.error < encoding.error) else encoding
@@ -167,11 +168,11 @@ def _start(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -
     """Books, learned on fewer weights, and scales to begin with; no codes yet."""
     groups, fmt = _Groups(weight, config.group_size), config.scale_format
     if config.codebooks == "learned":
-        candidate = _learned(groups, importance, config, FAST_SAMPLE_WEIGHTS, FAST_REFINE_ROUNDS)
+        candidate = _learned(groups, importance, config, ONCE_SAMPLE_WEIGHTS, ONCE_REFINE_ROUNDS)
     else:
         candidate = _fixed(groups, importance, config, config.codebooks)
     pts = fmt.per_tensor_scale(groups.amax, candidate.top, candidate.largest)
-    share = (FAST_CENTER if config.scale_search else 1.0) / candidate.top
+    share = (ONCE_CENTER if config.scale_search else 1.0) / candidate.top
     scale = torch.cat([fmt.round(chunk.abs().amax(-1) * share, pts) for chunk in groups.chunks()])
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     selector = torch.zeros(scale.shape, dtype=torch.bool, device=weight.device)

@@ -2,7 +2,8 @@
 
 First GPTQ's feedback (arXiv 2210.17323): what rounding loses is made up for by the columns still to be rounded.
 Groups are visited in the order of falling importance and choose scale and book when their turn comes, on the columns as
-the feedback left them. Then block coordinate descent: every block of columns is rounded anew with all others fixed.
+the feedback left them. Block coordinate descent goes on from there: every block of columns is rounded anew with all
+others fixed.
 
 Everything here is laid out [K, N], transposed against the weight: one input channel of all rows is contiguous.
 """
@@ -10,62 +11,25 @@ Everything here is laid out [K, N], transposed against the weight: one input cha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
+from aaac_ao.encode.annealing import anneal
 from aaac_ao.encode.factor import inverse_factors
-from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, round_block
+from aaac_ao.encode.grid import CHUNK_COLUMNS, Grid, of_columns
+from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, Rounded, round_block
 
 #: Columns that descent rounds anew at a time, at least one group of them.
 DESCENT_COLUMNS = 64
 #: A block moves only if that lowers a row's error by more than this share, which is above what rounding in fp32 shows.
 _LEAST_GAIN = 1e-5
-#: Columns whose sums and values are worked on at a time.
-_CHUNK_COLUMNS = 128
 
 #: Scales to try, [count, groups, N], around those of some groups, [groups, N].
 Candidates = Callable[[torch.Tensor], torch.Tensor]
 #: Better scales [groups, N] of a block for its present codes: `least_squares.fit_scales` without the format.
 Refit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-class Grid:
-    """The values that every weight can take: its group's scale times the entries of its group's book.
-
-    Args:
-        scale: [groups, N] fp32 >= 0.
-        selector: [groups, N] uint8, the book of every group.
-        codebooks: [2, 16] fp32, ascending.
-        group_size: columns per group.
-    """
-
-    def __init__(self, scale: torch.Tensor, selector: torch.Tensor, codebooks: torch.Tensor, group_size: int) -> None:
-        self.scale, self.selector, self.codebooks, self.group_size = scale, selector, codebooks, group_size
-        self.entries = codebooks.reshape(-1)
-
-    def index(self, codes: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Where the entries of codes [columns, N], from the first of a group on, stand among the 32 of both books."""
-        return codes.long() + 16 * _of_columns(self.selector[start // self.group_size :], len(codes), self.group_size)
-
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """[K, N] values of codes [K, N]."""
-        values = torch.empty(codes.shape, device=codes.device)
-        for start in range(0, len(codes), _CHUNK_COLUMNS):  # indices take four times the memory of values
-            block, groups = codes[start : start + _CHUNK_COLUMNS], slice(start // self.group_size, None)
-            scale = _of_columns(self.scale[groups], len(block), self.group_size)
-            torch.mul(self.entries[self.index(block, start)], scale, out=values[start : start + _CHUNK_COLUMNS])
-        return values
-
-    def column_scales(self, columns: int) -> torch.Tensor:
-        """[K, N] the scale of every weight."""
-        return _of_columns(self.scale, columns, self.group_size)
-
-
-def _of_columns(of_groups: torch.Tensor, columns: int, group_size: int) -> torch.Tensor:
-    groups = -(-columns // group_size)
-    return of_groups[:groups].repeat_interleave(group_size, dim=0)[:columns]
 
 
 @dataclass(frozen=True)
@@ -85,22 +49,23 @@ class Order:
     at_once: int
 
     @classmethod
-    def of_importance(cls, diagonal: torch.Tensor, group_size: int, most: int = BLOCK_COLUMNS) -> Order:
+    def of_importance(cls, diagonal: torch.Tensor, group_size: int) -> Order:
         """Groups, and columns inside them, by falling diagonal of H; a group counts by its mean.
+
+        One that is cut short comes last.
 
         Args:
             diagonal: [K] of H.
-            group_size: columns per group, at most `most`.
-            most: columns of a block, at most `BLOCK_COLUMNS`.
+            group_size: columns per group, at most `BLOCK_COLUMNS`.
         """
         padding = -len(diagonal) % group_size
         padded = torch.nn.functional.pad(diagonal, (0, padding), value=-1).view(-1, group_size)
         sizes = (padded >= 0).sum(1)
-        mean = padded.clamp(min=0).sum(1) / sizes
+        mean = torch.where(sizes == group_size, padded.mean(1), -1)
         groups = torch.argsort(mean, descending=True, stable=True)
         inside = torch.argsort(padded[groups], dim=1, descending=True, stable=True)
         columns = (groups[:, None] * group_size + inside).view(-1)
-        return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist(), most // group_size)
+        return cls(columns[columns < len(diagonal)], groups, sizes[groups].tolist(), BLOCK_COLUMNS // group_size)
 
     def blocks(self) -> list[int]:
         """Columns of the blocks."""
@@ -111,10 +76,10 @@ def feedback(
     weight: torch.Tensor,
     order: Order,
     factor: list[torch.Tensor],
+    metrics: Iterable[Metric],
     grid: Grid,
     candidates: Candidates,
-    metrics: list[Metric] | None = None,
-    sweeps: int | None = None,
+    sweeps: int = 0,
 ) -> tuple[Grid, torch.Tensor, torch.Tensor]:
     """Round columns in `order`; what is lost is made up for by the columns that follow.
 
@@ -122,10 +87,10 @@ def feedback(
         weight: [K, N] fp32.
         order: of rounding.
         factor: upper Cholesky factor of the inverse of H, both in that order, in a panel for each of `order.blocks`.
+        metrics: of the panels.
         grid: books, and the scales around which candidates lie; its selectors are not looked at.
         candidates: scales to try.
-        metrics: of the panels, if they are at hand.
-        sweeps: of descent inside blocks; see `round_block`.
+        sweeps: of annealing in every block.
 
     Returns:
         The grid with the chosen scales and books, codes [K, N] uint8, and the errors of the rows, fp32 [N].
@@ -133,17 +98,37 @@ def feedback(
     left, codes = weight[order.columns], torch.empty_like(weight, dtype=torch.uint8)
     scale, selector = torch.empty_like(grid.scale), torch.empty_like(grid.selector)
     lost, at_once, start = weight.new_zeros(weight.shape[1]), order.at_once, 0
-    for index, (groups, panel) in enumerate(zip(order.groups.split(at_once), factor, strict=True)):
+    blocks = zip(order.groups.split(at_once), factor, metrics, strict=True)
+    for index, (groups, panel, metric) in enumerate(blocks):
         sizes = order.sizes[index * at_once : (index + 1) * at_once]
         block = slice(start, start + len(panel))
-        metric = Metric.of_panel(panel) if metrics is None else metrics[index]
-        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]), sweeps)
+        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+        if sweeps:
+            rounded = _annealed(left[block], metric, rounded, grid, sweeps)
         codes[order.columns[block]] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector
-        left[block.stop :].addmm_(panel[:, len(panel) :].t(), rounded.errors, alpha=-1)
+        _make_up(left[block.stop :], panel[:, len(panel) :], rounded.errors)
         lost += rounded.errors.square().sum(0)
         start = block.stop
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes, lost
+
+
+def _annealed(target: torch.Tensor, metric: Metric, rounded: Rounded, grid: Grid, sweeps: int) -> Rounded:
+    """A block [B, N] with better codes."""
+    own = Grid(rounded.scale, rounded.selector, grid.codebooks, grid.group_size)
+    codes = anneal(target, metric.matrix, own, rounded.codes, sweeps)
+    return replace(rounded, codes=codes, errors=metric.root @ (target - own.values(codes)))
+
+
+def _make_up(left: torch.Tensor, panel: torch.Tensor, errors: torch.Tensor) -> None:
+    """Take panel^T @ errors off what is left: most of all work of the feedback."""
+    from aaac_ao.kernels.cpu import rounding as compiled
+
+    if left.is_cpu and compiled.has_bfloat16():
+        # a correction that is 0.4 % off at most loses far less than what is rounded afterwards
+        left.sub_(panel.t().bfloat16() @ errors.bfloat16())
+    else:
+        left.addmm_(panel.t(), errors, alpha=-1)
 
 
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
@@ -219,7 +204,7 @@ def _renew(
     if refit is not None:
         entries = grid.entries[grid.index(codes[block], block.start)]
         grid.scale[groups] = refit(entries, grid.scale[groups], pull, inner, size)
-        fitted = entries * _of_columns(grid.scale[groups], len(entries), size)
+        fitted = entries * of_columns(grid.scale[groups], len(entries), size)
         pull.addmm_(inner, fitted - value)
         value.copy_(fitted)
     # given the other columns the error is least at value - M^-1 pull, by |U pull|^2 less than where they are
@@ -236,8 +221,8 @@ def row_errors(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Ten
     """(w_n - q_n)^T H (w_n - q_n) of every row, fp64 [N], of weights [K, N]."""
     error = weight - quantised
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for start in range(0, len(error), _CHUNK_COLUMNS):
-        block = slice(start, start + _CHUNK_COLUMNS)
+    for start in range(0, len(error), CHUNK_COLUMNS):
+        block = slice(start, start + CHUNK_COLUMNS)
         pulled = hessian[block, block] @ error[block]
         pulled.addmm_(hessian[block, block.stop :], error[block.stop :], alpha=2)  # H is symmetric
         total += (pulled.double() * error[block].double()).sum(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from aaac_ao.encode.feedback import Grid
+from aaac_ao.encode.grid import Grid
 from aaac_ao.formats import ScaleFormat
 
 #: Books are fitted on about this many weights (rows taken evenly): 32 numbers do not need more.

@@ -3,16 +3,18 @@
 1. The weight is corrected for inputs that differ from the original model's, where that is known.
 2. Books and scales come from the first-order encoder, with an importance between H's diagonal and what the feedback
    leaves of it.
-3. Codes, scales and the choice of books by feedback, then by block coordinate descent (`feedback`).
-4. Books by least squares (`least_squares`), then more descent with finer steps of the scales, before and after
+3. Codes, scales and the choice of books by feedback (`feedback`).
+
+That is all for `round_once`, which learns books on fewer weights and tries fewer scales. `refine` goes on:
+
+4. Block coordinate descent.
+5. Books by least squares (`least_squares`), then more descent with finer steps of the scales, before and after
    annealing of the codes (`annealing`).
 
 Wherever descent comes by, it first fits the scales of a block to its codes.
 
-The fast way (`round_once`) ends with one feedback, in smaller blocks and with fewer scales.
-
 With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`). Beside
-that work, scales and descent inside blocks as in step 3 cost the fast way little.
+that work, more scales, and annealing inside blocks, cost `round_once` little.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ import torch
 
 from aaac_ao.encode.annealing import anneal
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
-from aaac_ao.encode.feedback import Candidates, Grid, Order, block_metrics, descend, feedback, row_errors
+from aaac_ao.encode.feedback import Candidates, Order, block_metrics, descend, feedback, row_errors
+from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
-from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric
+from aaac_ao.encode.rounding import Metric
 from aaac_ao.encode.rows import CoupledRows, OutputMetric, Rows, output_error
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
@@ -42,15 +45,18 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
-#: The same for the only feedback of the fast way: around `FAST_CENTER` times the scale of round-to-nearest.
-FAST_SCALES, FAST_CENTER = (2, 0.06), 0.96
-#: Columns that the fast way rounds at a time; a multiple of every group.
-FAST_COLUMNS = 128
+#: The same for the only feedback of `round_once`: around `ONCE_CENTER` times the scale of round-to-nearest.
+ONCE_SCALES, ONCE_CENTER = (2, 0.06), 0.96
+#: Its sweeps of annealing in a block where rows are coupled.
+COUPLED_SWEEPS = 128
+#: Inputs of which this share is news, on average, as channels are gone through, are nearly independent: little is made
+#: up for by feedback.
+INDEPENDENT = 0.8
 #: Passes of the last descent, each of which gains less than the one before.
 LAST_PASSES = 3
 #: Rows are worked on in chunks of about this many weights, which bounds the memory beyond H and its factor;
 #: accelerators, where every launch costs, take 32 times as many.
-CHUNK_WEIGHTS, FAST_CHUNK_WEIGHTS = 1 << 19, 1 << 21
+CHUNK_WEIGHTS, ONCE_CHUNK_WEIGHTS = 1 << 19, 1 << 20
 #: Columns whose codes are replaced at a time; a multiple of every group.
 _CHUNK_COLUMNS = 128
 
@@ -64,24 +70,25 @@ class SecondOrder:
     Args:
         hessian: [K, K] fp32, E[x x^T].
         group_size: columns per group, which are rounded together.
-        columns: that feedback rounds at a time.
 
     Attributes:
         importance: [K] weights of the input channels for the first-order encoder: the geometric mean of the variance
             of a channel and of the part of it that channels rounded later cannot make up for.
+        news: 0-D, these parts as a share of all variances.
 
     Raises:
         ValueError: H cannot be factorised, however much it is damped.
     """
 
-    def __init__(self, hessian: torch.Tensor, group_size: int, columns: int = BLOCK_COLUMNS) -> None:
+    def __init__(self, hessian: torch.Tensor, group_size: int) -> None:
         self.hessian = hessian
-        self.order = Order.of_importance(hessian.diagonal(), group_size, columns)
-        self.group_size, self._factor = group_size, []
+        self.order = Order.of_importance(hessian.diagonal(), group_size)
+        self.group_size, self._factor, self._panel_metrics = group_size, [], []
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
         remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
-        self.importance = (remaining * (hessian.diagonal() + self.damping)).sqrt()
+        variances = hessian.diagonal() + self.damping
+        self.importance, self.news = (remaining * variances).sqrt(), remaining.sum() / variances.sum()
 
     @property
     def factor(self) -> list[torch.Tensor]:
@@ -92,9 +99,17 @@ class SecondOrder:
             hand_back_memory()
         return self._factor
 
+    @property
+    def panel_metrics(self) -> list[Metric]:
+        """What feedback needs of the panels, besides."""
+        if not self._panel_metrics:
+            self._panel_metrics += [Metric.of_panel(panel) for panel in self.factor]
+        return self._panel_metrics
+
     def forget_factor(self) -> None:
-        """Free the panels of the factor until they are needed again."""
+        """Free the panels of the factor, and their metrics, until they are needed again."""
         self._factor.clear()
+        self._panel_metrics.clear()
         hand_back_memory()
 
     @cached_property
@@ -155,8 +170,8 @@ class SecondOrder:
         Returns:
             A better encoding, or None, and the error of the start, fp64 0-D, both errors under H and the metric.
         """
-        start, factor = self._with_error(weight, start, config, output_metric), self.factor
-        rows, panels = self._rows_in_turn(weight, output_metric, CHUNK_WEIGHTS)
+        start, factor = self.with_error(weight, start, config, output_metric), self.factor
+        rows = self._rows_in_turn(weight, output_metric)
 
         refit = partial(fit_scales, fmt=config.scale_format, per_tensor_scale=start.per_tensor_scale)
         refit = refit if config.scale_search else None
@@ -164,7 +179,9 @@ class SecondOrder:
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             hand_back_memory()  # both H and its factor are alive: this is when most is
             around = _candidates(start, config, *FEEDBACK_SCALES)
-            return feedback(w, self.order, factor, grid, around, panels)[:2]
+            # chunks are few without a metric: room for the metrics of all panels is worth more than time
+            metrics = map(Metric.of_panel, factor) if output_metric is None else self.panel_metrics
+            return feedback(w, self.order, factor, metrics, grid, around)[:2]
 
         def back(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             metrics, around = self.metrics, _candidates(start, config, *DESCENT_SCALES)
@@ -190,7 +207,7 @@ class SecondOrder:
         rows.again(lambda some: _values(rounded, some, config))
         for _ in range(rows.passes):
             _by_rows(rows, rounded, config, last)
-        rounded = self._with_error(weight, rounded, config, output_metric)
+        rounded = self.with_error(weight, rounded, config, output_metric)
         return rounded if bool(rounded.error < start.error) else None, start.error
 
     def round_once(
@@ -207,32 +224,28 @@ class SecondOrder:
         Returns:
             An encoding with the error under the damped H, or under H and the metric.
         """
-        rows, panels = self._rows_in_turn(weight, output_metric, FAST_CHUNK_WEIGHTS)
         alone, errors = output_metric is None, []
-        around = _candidates(start, config, *(FAST_SCALES if alone else FEEDBACK_SCALES))
+        around = _candidates(start, config, *(ONCE_SCALES if alone else FEEDBACK_SCALES))
+        fixed = (self.order, self.factor, self.panel_metrics)
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-            grid, codes, lost = feedback(w, self.order, self.factor, grid, around, panels, 0 if alone else None)
+            grid, codes, lost = feedback(w, *fixed, grid, around, 0 if alone else COUPLED_SWEEPS)
             errors.append(lost.double().sum())
             return grid, codes
 
-        _by_rows(rows, start, config, forward)
+        _by_rows(self._rows_in_turn(weight, output_metric, ONCE_CHUNK_WEIGHTS), start, config, forward)
         if alone:
             return dataclasses.replace(start, error=torch.stack(errors).sum())
-        return self._with_error(weight, start, config, output_metric)
+        return self.with_error(weight, start, config, output_metric)
 
-    def _rows_in_turn(
-        self, weight: torch.Tensor, output_metric: OutputMetric | None, chunk: int
-    ) -> tuple[Rows, list[Metric] | None]:
-        """The rows of a weight, and what feedback needs of the panels where there are too many chunks to derive it."""
-        if output_metric is None:
-            return _rows(weight, chunk), None
-        rows = CoupledRows(weight, output_metric, self.hessian)
-        return rows, [Metric.of_panel(panel) for panel in self.factor]
+    def _rows_in_turn(self, weight: torch.Tensor, output_metric: OutputMetric | None, chunk: int | None = None) -> Rows:
+        """The rows of a weight, in chunks of about so many weights or as a metric couples them."""
+        return _rows(weight, chunk) if output_metric is None else CoupledRows(weight, output_metric, self.hessian)
 
-    def _with_error(
+    def with_error(
         self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
     ) -> Encoding:
+        """The same encoding of a weight, with its error under H and the metric."""
         pairs = ((weight[rows].float(), _values(encoding, rows, config)) for rows in _rows(weight).chunks())
         if output_metric is None:
             error = torch.stack([row_errors(w.t(), values.t(), self.hessian).sum() for w, values in pairs]).sum()

@@ -28,7 +28,14 @@ def library() -> ctypes.CDLL | None:
     found.aaac_round_block.restype = None
     found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_anneal.restype = ctypes.c_int
+    found.aaac_has_bfloat16.argtypes, found.aaac_has_bfloat16.restype = [], ctypes.c_int
     return found
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether matrix products of bf16 numbers are faster than those of fp32 here, by a factor of three to ten."""
+    return library() is not None and cpu.best_isa() == "avx512" and bool(library().aaac_has_bfloat16())
 
 
 def _isa() -> int:
