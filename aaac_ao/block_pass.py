@@ -74,28 +74,25 @@ def _encode_together(
     metrics = options.importance.metrics
     known = [metrics.pop(name) for name in names if name in metrics]
     metric = OutputMetric.joined(known) if len(known) == len(names) else None
+    size = output_size(weight, statistics, metric)  # the encoder may give the statistics up
     try:
         encoding = encode(weight, options.config, statistics, shift, metric, final)
     except ValueError as error:
         raise ValueError(f"{', '.join(names)}: {error}") from None
-    report(names[-1], relative_error(encoding, weight, statistics, metric), len(names))
+    report(names[-1], relative_error(encoding, size), len(names))
     for name, part in zip(names, _split(encoding, [len(w) for w in weights]), strict=True):
         set_weight(layers[name], AAACTensor.from_encoding(part, options.config, layers[name].weight.dtype))
 
 
-def relative_error(
-    encoding: Encoding, weight: torch.Tensor, statistics: Statistics, metric: OutputMetric | None = None
-) -> float:
-    """Root mean square error of the layer's output, as a share of that output, both weighed by the metric."""
-    if metric is None:
-        total = _output_size(weight, statistics)
-    else:
-        total = output_error(weight.float(), statistics.hessian, metric)
-    return float((encoding.error / total.clamp(min=1e-300)).clamp(min=0).sqrt())
+def relative_error(encoding: Encoding, size: torch.Tensor) -> float:
+    """Root mean square error of the layer's output, as a share of that output, whose `output_size` is given."""
+    return float((encoding.error / size.clamp(min=1e-300)).clamp(min=0).sqrt())
 
 
-def _output_size(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-    """The sum of E[y^2] over all outputs, fp64 0-D."""
+def output_size(weight: torch.Tensor, statistics: Statistics, metric: OutputMetric | None = None) -> torch.Tensor:
+    """The sum of E[y^2] over all outputs, weighed by the metric, fp64 0-D."""
+    if metric is not None:
+        return output_error(weight.float(), statistics.hessian, metric)
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rows in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])):
         w = rows.float()

@@ -82,8 +82,8 @@ def calibrate_(
         fisher: weigh errors of outputs by how much they, alone and together, change the model's predictions, weigh
             tokens likewise (`importance_of`), and let rows of a weight make up for each other. Needs one backward pass
             over the data, whose memory is that of one batch in training without optimiser, a matrix for the outputs
-            of every layer with no more outputs than inputs, and 2 bytes for every token and layer; loses less. Not
-            with `awq`.
+            of every layer with no more outputs than inputs, or few of them, and 2 bytes for every token and layer;
+            loses less. Not with `awq`.
         statistics: a file of `collect_statistics` or `merge_statistics` to use instead of batches.
         resume_dir: keep finished blocks in this directory, and take those that are there from it: the same call on the
             same original model goes on where an earlier one was stopped, with the same bits as without the stop.

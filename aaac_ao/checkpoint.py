@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -172,7 +173,9 @@ class ModelOnDisk:
 
         A copy is gone with its tensor; what is mapped stays in memory until the last tensor of the file is gone.
         """
-        for stored, tensor in self.source.read(stored_names):
+        # a file that is opened for every tensor never has more than one of them in memory besides its copy
+        parts = [[name] for name in stored_names] if copy else [stored_names]
+        for stored, tensor in itertools.chain.from_iterable(map(self.source.read, parts)):
             slots = [(self._modules[prefix], leaf) for prefix, _, leaf in map(_split, self._tied[stored])]
             module, leaf = slots[0]
             tensor = tensor.to(self.device, getattr(module, leaf).dtype, copy=copy)

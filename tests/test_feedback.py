@@ -9,13 +9,14 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, Statistics, calibrate_
-from aaac_ao.encode import encode
+from aaac_ao.encode import OutputMetric, encode
 from aaac_ao.encode.factor import damping, inverse_factor, inverse_factors
 from aaac_ao.encode.feedback import Order, descend, feedback, row_errors
 from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import fit_books, fit_scales
 from aaac_ao.encode.rounding import Metric
 from aaac_ao.formats import FORMATS
+from aaac_ao.kernels.cpu import rounding as compiled
 
 
 def correlated(tokens: int, k: int) -> torch.Tensor:
@@ -239,6 +240,39 @@ def test_one_pass_with_fixed_books_and_scales_is_the_plain_algorithm(monkeypatch
     assert ((grid.values(encoding.codes.t()) - expected).abs() < 1e-5).all(0).double().mean() > 0.7
     rounded = encode(weight, AAACConfig("int4", 32, codebooks="int4", scale_search=False, rounding="nearest"))
     assert torch.equal(encoding.scale, rounded.scale)
+
+
+def test_one_pass_is_not_enough_for_independent_inputs():
+    weight, diagonal = torch.randn(20, 64), torch.rand(64) + 0.1
+    statistics = Statistics(diagonal, 2000, torch.diag(diagonal))
+    found, thorough = (
+        encode(weight, AAACConfig("int4", 32, rounding=r), statistics) for r in ("gptq", "gptq-thorough")
+    )
+    assert torch.equal(found.codes, thorough.codes)
+    assert torch.equal(found.scale, thorough.scale)
+
+
+def test_products_in_bfloat16_lose_little(monkeypatch):
+    """Rows that are made up for in bf16 and in fp32 end differently, but about as well."""
+    weight, x = torch.randn(40, 700), correlated(3000, 700)
+    hessian, errors = x.T @ x / len(x), []
+    for fast in (False, True):
+        monkeypatch.setattr(compiled, "has_bfloat16", lambda fast=fast: fast)
+        encoding = encode(weight, AAACConfig("int4", 64, rounding="gptq"), statistics_of(x))
+        errors.append(float(hessian_errors(encoding, weight, hessian, 64).sum()))
+    assert errors[0] != errors[1]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_last_layer_may_take_the_hessian_with_it(coupled):
+    weight, statistics = torch.randn(20, 96), statistics_of(correlated(500, 96))
+    config, metric = AAACConfig("int4", 32), OutputMetric(torch.eye(20)) if coupled else None
+    expected = encode(weight, config, statistics, None, metric)
+    found = encode(weight, config, statistics, None, metric, True)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scale, expected.scale)
+    assert (statistics.hessian is None) != coupled  # a metric needs it to the end
 
 
 def test_auto_is_second_order_exactly_where_there_is_a_hessian():

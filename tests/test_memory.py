@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from aaac_ao import AAACConfig, Statistics, block_pass, calibrate_checkpoint, heap
 from aaac_ao.blocks import residual_bases
-from aaac_ao.checkpoint import ModelOnDisk
+from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint
 from aaac_ao.encode import encode, second_order
 from aaac_ao.encode.factor import damping, inverse_factor
 from aaac_ao.encode.kmeans import lloyd
@@ -183,9 +183,14 @@ def test_k_means_makes_small_copies():
 def test_on_disk_the_last_stage_is_encoded_without_the_original_block(tiny_llama, tmp_path, monkeypatch):
     tiny_llama(layers=3).bfloat16().save_pretrained(tmp_path / "source", max_shard_size="100KB")
     originals, alive, encode_, load = {}, [], block_pass.encode, ModelOnDisk.load
+    reads, read = [], SourceCheckpoint.read
 
     def loading(disk, names, copy=False):
-        load(disk, names, copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.source, "read", lambda names: reads.append(len(list(names))) or read(disk.source, names))
+            load(disk, names, copy)
+        assert not copy or set(reads) == {1}  # a tensor at a time is there twice, mapped and copied
+        reads.clear()
         if copy:  # a block
             weights = {n: p for n, p in disk.model.named_parameters() if not p.is_meta and n.endswith("proj.weight")}
             assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights.values())

@@ -5,8 +5,9 @@ import torch
 from encode_oracle import dequantised, statistics_of
 
 from aaac_ao import AAACConfig
-from aaac_ao.encode import OutputMetric, encode, output_error
+from aaac_ao.encode import OutputMetric, encode, output_error, second_order
 from aaac_ao.encode.rows import OUTPUT_DAMPING, CoupledRows
+from aaac_ao.kernels.cpu import rounding as compiled
 
 
 def random_metric(n: int, share: float = 3.0) -> torch.Tensor:
@@ -108,6 +109,17 @@ def test_a_second_pass_over_coupled_rows_loses_less(monkeypatch):
             encoding = encode(weight, config, statistics, output_metric=metric)
             errors[passes - 1] += exact_error(weight, encoding, 32, statistics.hessian, metric.matrix)
     assert errors[1] < 0.995 * errors[0]
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="without the library there is no annealing")
+def test_annealing_inside_blocks_helps_coupled_rows(monkeypatch):
+    weight, statistics = torch.randn(64, 172), statistics_of(correlated(700, 172))
+    config, metric, errors = AAACConfig("int4", 32, rounding="gptq"), OutputMetric(random_metric(64, 9.0)), []
+    for sweeps in (0, second_order.COUPLED_SWEEPS):
+        monkeypatch.setattr(second_order, "COUPLED_SWEEPS", sweeps)
+        encoding = encode(weight, config, statistics, output_metric=metric)
+        errors.append(exact_error(weight, encoding, 32, statistics.hessian, metric.matrix))
+    assert errors[1] < 0.98 * errors[0]
 
 
 def test_a_metric_without_couplings_changes_little():

@@ -59,6 +59,12 @@ class Statistics:
             self._derived[group_size] = SecondOrder(self.hessian.float(), group_size)
         return self._derived[group_size]
 
+    def give_up_hessian(self) -> None:
+        """Free the Hessian, if nobody else holds it; what was derived from it stays."""
+        object.__setattr__(self, "hessian", None)
+        for derived in self._derived.values():
+            del derived.hessian
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -116,7 +122,8 @@ def encode(
             overwritten.
         output_metric: M [out_features, out_features] of the outputs, for second-order rounding, whose objective
             becomes tr(M E H E^T) with E = w - q.
-        final: nothing else will be encoded with these statistics, so that what is derived from them need not be kept.
+        final: nothing else will be encoded with these statistics, so that what is derived from them need not be kept,
+            nor their Hessian: they may be without it afterwards.
 
     Raises:
         ValueError: the weight is not 2-D and finite, has fewer columns than a group, lies on the meta device, or the
@@ -134,6 +141,8 @@ def encode(
     target = second_order.target(weight, output_shift)
     if config.rounding != "gptq-thorough" and bool(second_order.news < INDEPENDENT):
         start = _start(target, _importance_of(second_order.importance, config), config)
+        if final and output_metric is None:
+            statistics.give_up_hessian()
         encoding = second_order.round_once(target, start, config, output_metric)
         if final:
             second_order.forget_factor()

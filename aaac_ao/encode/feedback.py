@@ -23,6 +23,8 @@ from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, Rounded, round_block
 
 #: Columns that descent rounds anew at a time, at least one group of them.
 DESCENT_COLUMNS = 64
+#: Columns that hear of a block's errors at a time, in bf16.
+_PART_COLUMNS = 512
 #: A block moves only if that lowers a row's error by more than this share, which is above what rounding in fp32 shows.
 _LEAST_GAIN = 1e-5
 
@@ -124,11 +126,14 @@ def _make_up(left: torch.Tensor, panel: torch.Tensor, errors: torch.Tensor) -> N
     """Take panel^T @ errors off what is left: most of all work of the feedback."""
     from aaac_ao.kernels.cpu import rounding as compiled
 
-    if left.is_cpu and compiled.has_bfloat16():
-        # a correction that is 0.4 % off at most loses far less than what is rounded afterwards
-        left.sub_(panel.t().bfloat16() @ errors.bfloat16())
-    else:
+    if not (left.is_cpu and compiled.has_bfloat16()):
         left.addmm_(panel.t(), errors, alpha=-1)
+        return
+    # a correction that is 0.4 % off at most loses far less than what is rounded afterwards
+    errors = errors.bfloat16()
+    # of few shapes, as oneDNN keeps code and memory for each
+    for part, columns in zip(left.split(_PART_COLUMNS), panel.split(_PART_COLUMNS, dim=1), strict=True):
+        part.sub_(columns.t().bfloat16() @ errors)
 
 
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:

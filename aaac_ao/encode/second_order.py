@@ -227,6 +227,7 @@ class SecondOrder:
         alone, errors = output_metric is None, []
         around = _candidates(start, config, *(ONCE_SCALES if alone else FEEDBACK_SCALES))
         fixed = (self.order, self.factor, self.panel_metrics)
+        hand_back_memory()  # both H and its factor are alive: this is when most is
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             grid, codes, lost = feedback(w, *fixed, grid, around, 0 if alone else COUPLED_SWEEPS)

@@ -15,6 +15,8 @@
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
+#define try_steps NAME(try_steps)
+#define WAYS (LANES == 16 ? 2 : 1) // that registers have room for
 #define pull_of NAME(pull_of)
 #define root_times NAME(root_times)
 #define choose NAME(choose)
@@ -118,42 +120,64 @@ INLINE TARGET void take_steps(Floats *left, const float *rows, int columns, cons
     }
 }
 
-// The scale and book of a group with which feedback inside the group leaves the least error. Both books go together:
-// neither waits for the other.
+// What the steps of a strip change in the columns behind it, up to `end`, in some of the ways to go.
+INLINE TARGET void try_steps(Floats left[][4], const float *rows, int columns, const Floats steps[STRIP][4], int way,
+                             int end) {
+    Floats own[STRIP][WAYS]; // in registers
+#pragma GCC unroll 8
+    for (int i = 0; i < STRIP; i++) memcpy(own[i], &steps[i][way], sizeof own[i]);
+    for (int j = STRIP; j < end; j++) {
+        Floats x[WAYS];
+        memcpy(x, &left[j][way], sizeof x);
+#pragma GCC unroll 8
+        for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+            for (int w = 0; w < WAYS; w++) x[w] -= rows[(int64_t)i * columns + j] * own[i][w];
+        memcpy(&left[j][way], x, sizeof x);
+    }
+}
+
+// The scale and book of a group with which feedback inside the group leaves the least error. Both books of two scales
+// go together: none waits for the others.
 INLINE TARGET void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
                           Ints *second) {
     int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
-    Floats least = (Floats){0} + INFINITY, left[2][MOST_COLUMNS];
+    Floats least = (Floats){0} + INFINITY, left[MOST_COLUMNS][4];
     *scale = (Floats){0};
     *second = (Ints){0};
-    for (int candidate = 0; candidate < b->count; candidate++) {
-        Floats s = load(b->candidates + ((int64_t)candidate * b->groups + group) * b->rows + row, lanes);
-        Floats inverse = reciprocal(s), cost[2] = {(Floats){0}, (Floats){0}}, error[2][STRIP];
-        for (int book = 0; book < 2; book++) memcpy(left[book] + first, target + first, sizeof(Floats) * (end - first));
-        for (int start = first; start < end; start += STRIP) {
-            int stop = start + STRIP < end ? start + STRIP : end;
-            for (int i = start; i < stop; i++) {
-                const float *row_of = b->factor + (int64_t)i * columns;
-#pragma GCC unroll 2
-                for (int book = 0; book < 2; book++) {
-                    Floats x = left[book][i];
-                    Floats lost = (x - nearest(&b->books, book, x * inverse) * s) * (1.0f / row_of[i]);
-                    cost[book] += lost * lost;
-                    error[book][i - start] = lost;
-                }
-                for (int j = i + 1; j < stop; j++)
-#pragma GCC unroll 2
-                    for (int book = 0; book < 2; book++) left[book][j] -= row_of[j] * error[book][i - start];
-            }
-            for (int book = 0; book < 2; book++)
-                take_steps(left[book], b->factor + (int64_t)start * columns, columns, error[book], stop - start, stop,
-                           end);
+    for (int candidate = 0; candidate < b->count; candidate += 2) {
+        Floats s[2], inverse[2], cost[4] = {{0}};
+        for (int i = 0; i < 2; i++) { // the last one may go twice
+            int64_t which = candidate + i < b->count ? candidate + i : candidate;
+            s[i] = load(b->candidates + (which * b->groups + group) * b->rows + row, lanes);
+            inverse[i] = reciprocal(s[i]);
         }
-        for (int book = 0; book < 2; book++) {
-            Ints better = cost[book] < least;
-            least = pick(better, cost[book], least);
-            *scale = pick(better, s, *scale);
-            *second = (*second & ~better) | (book ? better : (Ints){0});
+        for (int i = first; i < end; i++)
+            for (int way = 0; way < 4; way++) left[i][way] = target[i];
+        for (int start = first; start < end; start += STRIP) {
+            const int count = end - start < STRIP ? end - start : STRIP;
+            const float *rows = b->factor + (int64_t)start * columns + start;
+            Floats error[STRIP][4];
+            for (int i = 0; i < count; i++) {
+                const float *row_of = rows + (int64_t)i * columns;
+#pragma GCC unroll 4
+                for (int way = 0; way < 4; way++) {
+                    Floats x = left[start + i][way], value = nearest(&b->books, way & 1, x * inverse[way / 2]);
+                    error[i][way] = (x - value * s[way / 2]) * (1.0f / row_of[i]);
+                    cost[way] += error[i][way] * error[i][way];
+                }
+                for (int j = i + 1; j < count; j++)
+#pragma GCC unroll 4
+                    for (int way = 0; way < 4; way++) left[start + j][way] -= row_of[j] * error[i][way];
+            }
+            if (count == STRIP)
+                for (int way = 0; way < 4; way += WAYS) try_steps(left + start, rows, columns, error, way, end - start);
+        }
+        for (int way = 0; way < 4; way++) {
+            Ints better = cost[way] < least;
+            least = pick(better, cost[way], least);
+            *scale = pick(better, s[way / 2], *scale);
+            *second = (*second & ~better) | (way & 1 ? better : (Ints){0});
         }
     }
 }
@@ -350,6 +374,8 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef nearest
 #undef nearest_of
 #undef take_steps
+#undef try_steps
+#undef WAYS
 #undef pull_of
 #undef root_times
 #undef choose
