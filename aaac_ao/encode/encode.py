@@ -77,8 +77,8 @@ class Encoding:
         codebooks: [2, 16] fp32, ascending, exactly representable in bf16.
         per_tensor_scale: fp32 0-D, already contained in `scale`; None for bf16 scales.
         error: the objective, fp64 0-D: the sum over all weights of importance * (w - q)^2, or with second-order
-            rounding sum_n (w_n - q_n)^T H (w_n - q_n), with w the target for these inputs; see `encode` for what an
-            output metric makes of it.
+            rounding sum_n (w_n - q_n)^T H (w_n - q_n), with w the target for these inputs, and H damped after a single
+            pass; see `encode` for what an output metric makes of it.
     """
 
     codes: torch.Tensor

@@ -13,8 +13,8 @@ That is all for `round_once`, which learns books on fewer weights and tries fewe
 
 Wherever descent comes by, it first fits the scales of a block to its codes.
 
-With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`). Beside
-that work, more scales, and annealing inside blocks, cost `round_once` little.
+With a metric of the outputs, rows are gone through in small chunks that hear of each other's errors (`rows`), which
+takes time anyway: `round_once` tries more scales then, and anneals inside blocks.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class SecondOrder:
         alone, errors = output_metric is None, []
         around = _candidates(start, config, *(ONCE_SCALES if alone else FEEDBACK_SCALES))
         fixed = (self.order, self.factor, self.panel_metrics)
-        hand_back_memory()  # both H and its factor are alive: this is when most is
+        hand_back_memory()  # that of learning the books
 
         def forward(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
             grid, codes, lost = feedback(w, *fixed, grid, around, 0 if alone else COUPLED_SWEEPS)
