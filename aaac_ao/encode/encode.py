@@ -138,11 +138,12 @@ def encode(
         return _first_order(weight, importance, config)
     _check_second_order(config, statistics, output_shift, output_metric, weight)
     second_order = statistics.second_order(config.group_size)
+    once = config.rounding != "gptq-thorough" and bool(second_order.news < INDEPENDENT)
+    if final and once and output_metric is None:
+        statistics.give_up_hessian()
     target = second_order.target(weight, output_shift)
-    if config.rounding != "gptq-thorough" and bool(second_order.news < INDEPENDENT):
+    if once:
         start = _start(target, _importance_of(second_order.importance, config), config)
-        if final and output_metric is None:
-            statistics.give_up_hessian()
         encoding = second_order.round_once(target, start, config, output_metric)
         if final:
             second_order.forget_factor()

@@ -104,18 +104,19 @@ def _factorise(panels: list[torch.Tensor]) -> list[torch.Tensor] | None:
 def _invert(panels: list[torch.Tensor], diagonals: list[torch.Tensor]) -> bool:
     """Turn R into its inverse, from the last rows to the first; whether all of it is finite."""
     finite = []
-    room = panels[0].new_empty(max(len(panel) for panel in panels) * panels[0].shape[1])  # one for ever wider products
     for j in reversed(range(len(panels))):
         panel, size = panels[j], len(panels[j])
         eye = torch.eye(size, dtype=panel.dtype, device=panel.device)
         inverse = torch.linalg.solve_triangular(diagonals[j], eye, upper=True)
-        behind, start = panel[:, size:], 0
-        product = room[: behind.numel()].view(behind.shape).zero_()
-        for below in panels[j + 1 :]:
-            part = panel[:, size + start : size + start + len(below)]
-            product[:, start:].addmm_(part, below)
-            start += len(below)
+        behind, stop = panel[:, size:], panel.shape[1] - size
+        for last in reversed(range(j + 1, len(panels))):  # from the right: what lies to the left is still needed
+            start, at = stop - len(panels[last]), 0
+            product = behind.new_zeros(size, stop - start)
+            for below in panels[j + 1 : last + 1]:
+                product.addmm_(behind[:, at : at + len(below)], below[:, start - at : stop - at])
+                at += len(below)
+            torch.mm(-inverse, product, out=behind[:, start:stop])
+            stop = start
         panel[:, :size] = inverse
-        torch.mm(-inverse, product, out=behind)
         finite.append(torch.stack(panel.aminmax()).isfinite().all())
     return bool(torch.stack(finite).all())

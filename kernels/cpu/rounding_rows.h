@@ -182,13 +182,13 @@ INLINE TARGET void choose(const Block *b, const Floats *target, int group, int64
     }
 }
 
-// The metric times the error, which is root^T times root times the error.
+// Half the gradient: the metric times what is wrong, which is root^T times root times it.
 INLINE TARGET void pull_of(const Block *b, const Floats *root_times_error, Floats *pull) {
     memset(pull, 0, sizeof(Floats) * b->columns);
     for (int start = 0; start < b->columns; start += STRIP) {
         int count = b->columns - start < STRIP ? b->columns - start : STRIP;
         Floats steps[STRIP];
-        for (int i = 0; i < count; i++) steps[i] = -root_times_error[start + i];
+        for (int i = 0; i < count; i++) steps[i] = root_times_error[start + i];
         take_steps(pull, b->root + (int64_t)start * b->columns, b->columns, steps, count, 0, start + count);
     }
 }
@@ -207,6 +207,32 @@ INLINE TARGET void root_times(const Block *b, const Floats *error, Floats *produ
         product[start] = (Floats){0};
         for (int j = 0; j <= start; j++) product[start] += b->root[(int64_t)start * b->columns + j] * error[j];
     }
+}
+
+// Steps of columns that not all other columns know of yet: most weights stay where they are, and it is the others that
+// cost time.
+typedef struct {
+    int count, column[PENDING];
+    Floats step[PENDING];
+} Steps;
+
+// Add what the steps from `known` on change in the columns of a strip.
+INLINE TARGET void catch_up(Floats *pull, const float *metric, int columns, const Steps *steps, int known, int start) {
+    if (start + STRIP > columns) {
+        for (int p = known; p < steps->count; p++)
+            for (int j = start; j < columns; j++)
+                pull[j] += metric[(int64_t)steps->column[p] * columns + j] * steps->step[p];
+        return;
+    }
+    Floats own[STRIP];
+    memcpy(own, pull + start, sizeof own);
+    for (int p = known; p < steps->count; p++) {
+        const float *row_of = metric + (int64_t)steps->column[p] * columns + start;
+        const Floats step = steps->step[p];
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIP; j++) own[j] += row_of[j] * step;
+    }
+    memcpy(pull + start, own, sizeof own);
 }
 
 TARGET static void NAME(round_rows)(void *job, int64_t index) {
@@ -233,23 +259,34 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
         }
     }
     if (b->sweeps > 0) pull_of(b, lost, pull);
+    Steps steps = {.count = 0};
+    int known[MOST_COLUMNS / STRIP] = {0}; // how many of the steps the columns of a strip know of
     for (int sweep = 0; sweep < b->sweeps; sweep++)
-        for (int group = 0; group < b->groups; group++)
-            for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
-                int stop = start + STRIP < b->ends[group + 1] ? start + STRIP : b->ends[group + 1];
-                const float *rows = b->metric + (int64_t)start * columns;
-                Floats step[STRIP];
-                for (int i = start; i < stop; i++) {
-                    const float *row_of = b->metric + (int64_t)i * columns;
-                    Floats best = value[i] + pull[i] * (1.0f / row_of[i]);
-                    Floats moved = nearest_of(&b->books, second[group], best * inverse[group], &code[i]) * scale[group];
-                    step[i - start] = moved - value[i];
-                    value[i] = moved;
-                    for (int j = start; j < stop; j++) pull[j] -= row_of[j] * step[i - start];
-                }
-                take_steps(pull, rows, columns, step, stop - start, 0, start);
-                take_steps(pull, rows, columns, step, stop - start, stop, columns);
+        for (int i = 0, group = 0; i < columns; i++) {
+            const int strip = i / STRIP, start = strip * STRIP;
+            const int stop = start + STRIP < columns ? start + STRIP : columns;
+            group += i == b->ends[group + 1];
+            if (i == start) {
+                catch_up(pull, b->metric, columns, &steps, known[strip], start);
+                known[strip] = steps.count;
             }
+            const float *row_of = b->metric + (int64_t)i * columns;
+            Ints found;
+            const Floats best = value[i] - pull[i] * (1.0f / row_of[i]);
+            const Floats moved = nearest_of(&b->books, second[group], best * inverse[group], &found) * scale[group];
+            const Floats step = moved - value[i];
+            if (!any(step != 0)) continue;
+            value[i] = moved;
+            code[i] = found;
+            for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
+            steps.column[steps.count] = i;
+            steps.step[steps.count++] = step;
+            known[strip] = steps.count;
+            if (steps.count < PENDING) continue;
+            for (int s = 0; s * STRIP < columns; s++) catch_up(pull, b->metric, columns, &steps, known[s], s * STRIP);
+            memset(known, 0, sizeof known);
+            steps.count = 0;
+        }
     if (b->sweeps > 0) {
         for (int i = 0; i < columns; i++) target[i] -= value[i];
         root_times(b, target, lost);
@@ -262,32 +299,6 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
         store(b->scale + group * b->rows + row, scale[group], lanes);
         for (int lane = 0; lane < lanes; lane++) b->selector[group * b->rows + row + lane] = second[group][lane] != 0;
     }
-}
-
-// Steps of columns that not all other columns know of yet: most weights stay where they are, and it is the others that
-// cost time.
-typedef struct {
-    int count, column[PENDING];
-    Floats step[PENDING];
-} Steps;
-
-// Add what the steps from `known` on change in the columns of a strip.
-INLINE TARGET void catch_up(Floats *pull, const Anneal *a, const Steps *steps, int known, int start) {
-    if (start + STRIP > a->columns) {
-        for (int p = known; p < steps->count; p++)
-            for (int j = start; j < a->columns; j++)
-                pull[j] += a->metric[(int64_t)steps->column[p] * a->columns + j] * steps->step[p];
-        return;
-    }
-    Floats own[STRIP];
-    memcpy(own, pull + start, sizeof own);
-    for (int p = known; p < steps->count; p++) {
-        const float *row_of = a->metric + (int64_t)steps->column[p] * a->columns + start;
-        const Floats step = steps->step[p];
-#pragma GCC unroll 8
-        for (int j = 0; j < STRIP; j++) own[j] += row_of[j] * step;
-    }
-    memcpy(pull + start, own, sizeof own);
 }
 
 TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
@@ -325,7 +336,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
                 for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group + lane];
             }
             if (i == start) {
-                catch_up(pull, a, &steps, known[strip], start);
+                catch_up(pull, a->metric, columns, &steps, known[strip], start);
                 known[strip] = steps.count;
             }
             const float *row_of = a->metric + (int64_t)i * columns;
@@ -344,7 +355,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
                 known[strip] = steps.count;
             }
             if (steps.count == PENDING || (sweep + 1 == a->sweeps && i + 1 == columns)) {
-                for (int s = 0; s < strips; s++) catch_up(pull, a, &steps, known[s], s * STRIP);
+                for (int s = 0; s < strips; s++) catch_up(pull, a->metric, columns, &steps, known[s], s * STRIP);
                 memset(known, 0, strips * sizeof(int));
                 steps.count = 0;
             }
