@@ -11,6 +11,7 @@
 #define gather NAME(gather)
 #define any NAME(any)
 #define Steps NAME(Steps)
+#define descend NAME(descend)
 #define catch_up NAME(catch_up)
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
@@ -187,9 +188,8 @@ INLINE TARGET void pull_of(const Block *b, const Floats *root_times_error, Float
     memset(pull, 0, sizeof(Floats) * b->columns);
     for (int start = 0; start < b->columns; start += STRIP) {
         int count = b->columns - start < STRIP ? b->columns - start : STRIP;
-        Floats steps[STRIP];
-        for (int i = 0; i < count; i++) steps[i] = root_times_error[start + i];
-        take_steps(pull, b->root + (int64_t)start * b->columns, b->columns, steps, count, 0, start + count);
+        take_steps(pull, b->root + (int64_t)start * b->columns, b->columns, root_times_error + start, count, 0,
+                   start + count);
     }
 }
 
@@ -235,30 +235,10 @@ INLINE TARGET void catch_up(Floats *pull, const float *metric, int columns, cons
     memcpy(pull + start, own, sizeof own);
 }
 
-TARGET static void NAME(round_rows)(void *job, int64_t index) {
-    const Block *b = job;
-    int columns = b->columns;
-    int64_t row = index * LANES;
-    int lanes = b->rows - row < LANES ? (int)(b->rows - row) : LANES;
-    Floats target[MOST_COLUMNS], left[MOST_COLUMNS], value[MOST_COLUMNS], lost[MOST_COLUMNS], pull[MOST_COLUMNS];
-    Floats scale[MOST_COLUMNS], inverse[MOST_COLUMNS]; // of groups, of which there are no more than columns
-    Ints second[MOST_COLUMNS], code[MOST_COLUMNS];
-    for (int i = 0; i < columns; i++) target[i] = left[i] = load(b->target + i * b->rows + row, lanes);
-    for (int group = 0; group < b->groups; group++) {
-        choose(b, left, group, row, lanes, &scale[group], &second[group]);
-        inverse[group] = reciprocal(scale[group]);
-        for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
-            int stop = start + STRIP < b->ends[group + 1] ? start + STRIP : b->ends[group + 1];
-            for (int i = start; i < stop; i++) {
-                const float *row_of = b->factor + (int64_t)i * columns;
-                value[i] = nearest_of(&b->books, second[group], left[i] * inverse[group], &code[i]) * scale[group];
-                lost[i] = (left[i] - value[i]) * (1.0f / row_of[i]); // which is root times the error
-                for (int j = i + 1; j < stop; j++) left[j] -= row_of[j] * lost[i];
-            }
-            take_steps(left, b->factor + (int64_t)start * columns, columns, lost + start, stop - start, stop, columns);
-        }
-    }
-    if (b->sweeps > 0) pull_of(b, lost, pull);
+// Set code after code to its best value with all others fixed, `sweeps` times over.
+INLINE TARGET void descend(const Block *b, const Floats *scale, const Floats *inverse, const Ints *second, Floats *pull,
+                           Floats *value, Ints *code) {
+    const int columns = b->columns;
     Steps steps = {.count = 0};
     int known[MOST_COLUMNS / STRIP] = {0}; // how many of the steps the columns of a strip know of
     for (int sweep = 0; sweep < b->sweeps; sweep++)
@@ -287,7 +267,34 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
             memset(known, 0, sizeof known);
             steps.count = 0;
         }
+}
+
+TARGET static void NAME(round_rows)(void *job, int64_t index) {
+    const Block *b = job;
+    int columns = b->columns;
+    int64_t row = index * LANES;
+    int lanes = b->rows - row < LANES ? (int)(b->rows - row) : LANES;
+    Floats target[MOST_COLUMNS], left[MOST_COLUMNS], value[MOST_COLUMNS], lost[MOST_COLUMNS], pull[MOST_COLUMNS];
+    Floats scale[MOST_COLUMNS], inverse[MOST_COLUMNS]; // of groups, of which there are no more than columns
+    Ints second[MOST_COLUMNS], code[MOST_COLUMNS];
+    for (int i = 0; i < columns; i++) target[i] = left[i] = load(b->target + i * b->rows + row, lanes);
+    for (int group = 0; group < b->groups; group++) {
+        choose(b, left, group, row, lanes, &scale[group], &second[group]);
+        inverse[group] = reciprocal(scale[group]);
+        for (int start = b->ends[group]; start < b->ends[group + 1]; start += STRIP) {
+            int stop = start + STRIP < b->ends[group + 1] ? start + STRIP : b->ends[group + 1];
+            for (int i = start; i < stop; i++) {
+                const float *row_of = b->factor + (int64_t)i * columns;
+                value[i] = nearest_of(&b->books, second[group], left[i] * inverse[group], &code[i]) * scale[group];
+                lost[i] = (left[i] - value[i]) * (1.0f / row_of[i]); // which is root times the error
+                for (int j = i + 1; j < stop; j++) left[j] -= row_of[j] * lost[i];
+            }
+            take_steps(left, b->factor + (int64_t)start * columns, columns, lost + start, stop - start, stop, columns);
+        }
+    }
     if (b->sweeps > 0) {
+        pull_of(b, lost, pull);
+        descend(b, scale, inverse, second, pull, value, code);
         for (int i = 0; i < columns; i++) target[i] -= value[i];
         root_times(b, target, lost);
     }
@@ -381,6 +388,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef gather
 #undef any
 #undef Steps
+#undef descend
 #undef catch_up
 #undef nearest
 #undef nearest_of
