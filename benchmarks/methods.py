@@ -42,9 +42,9 @@ OURS: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
     ("AAAC gptq-thorough", {"rounding": "gptq-thorough"}, {"propagate": "quantized"}),
     ("AAAC gptq-thorough + fisher", {"rounding": "gptq-thorough"}, {"propagate": "quantized", "fisher": True}),
 )
-#: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
 _THOROUGH = {"rounding": "gptq-thorough"}
 _REST = ("choice", "sweeps", "descent", "fit", "annealing")
+#: What each step adds: (name, fields of AAACConfig, arguments of calibrate_, steps left out, see `ours.STEPS`).
 ABLATION: tuple[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
     ("two learned books", {"rounding": "nearest", "scale_search": False}, {}, ()),
     ("+ scale search", {"rounding": "nearest"}, {}, ()),

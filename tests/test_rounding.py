@@ -156,11 +156,12 @@ def test_threads_do_not_show(threads):
 
 
 @needs_library
-def test_both_paths_agree_on_a_layer(monkeypatch):
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-thorough"])
+def test_both_paths_agree_on_a_layer(rounding, monkeypatch):
     x = torch.randn(900, 300) @ (torch.eye(300) + torch.randn(300, 300) / 300**0.5)
     statistics, weight = Statistics(x.square().mean(0), 900, x.T @ x / 900), torch.randn(70, 300)
     monkeypatch.setattr(annealing, "_kernel", lambda *of: None)  # it has no slow path
-    for config in (AAACConfig("nvfp4", rounding="gptq"), AAACConfig("int4", 64, rounding="gptq-thorough")):
+    for config in (AAACConfig("nvfp4", rounding=rounding), AAACConfig("int4", 64, rounding=rounding)):
         errors = []
         for chosen in (compiled.library, lambda: None):
             with monkeypatch.context() as patch:

@@ -13,6 +13,8 @@
 #define Steps NAME(Steps)
 #define descend NAME(descend)
 #define catch_up NAME(catch_up)
+#define catch_up_all NAME(catch_up_all)
+#define move NAME(move)
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
@@ -212,60 +214,71 @@ INLINE TARGET void root_times(const Block *b, const Floats *error, Floats *produ
 // Steps of columns that not all other columns know of yet: most weights stay where they are, and it is the others that
 // cost time.
 typedef struct {
-    int count, column[PENDING];
+    const float *metric;
+    Floats *pull;
+    int columns, count, *known; // how many of the steps the columns of a strip know of
+    int column[PENDING];
     Floats step[PENDING];
 } Steps;
 
-// Add what the steps from `known` on change in the columns of a strip.
-INLINE TARGET void catch_up(Floats *pull, const float *metric, int columns, const Steps *steps, int known, int start) {
+// Add what the steps that a strip does not know of change in its columns.
+INLINE TARGET void catch_up(Steps *steps, int strip) {
+    const int start = strip * STRIP, columns = steps->columns, known = steps->known[strip], count = steps->count;
+    Floats *pull = steps->pull + start;
+    steps->known[strip] = count;
     if (start + STRIP > columns) {
-        for (int p = known; p < steps->count; p++)
+        for (int p = known; p < count; p++)
             for (int j = start; j < columns; j++)
-                pull[j] += metric[(int64_t)steps->column[p] * columns + j] * steps->step[p];
+                pull[j - start] += steps->metric[(int64_t)steps->column[p] * columns + j] * steps->step[p];
         return;
     }
     Floats own[STRIP];
-    memcpy(own, pull + start, sizeof own);
-    for (int p = known; p < steps->count; p++) {
-        const float *row_of = metric + (int64_t)steps->column[p] * columns + start;
+    memcpy(own, pull, sizeof own);
+    for (int p = known; p < count; p++) {
+        const float *row_of = steps->metric + (int64_t)steps->column[p] * columns + start;
         const Floats step = steps->step[p];
 #pragma GCC unroll 8
         for (int j = 0; j < STRIP; j++) own[j] += row_of[j] * step;
     }
-    memcpy(pull + start, own, sizeof own);
+    memcpy(pull, own, sizeof own);
+}
+
+INLINE TARGET void catch_up_all(Steps *steps) {
+    const int strips = (steps->columns + STRIP - 1) / STRIP;
+    for (int strip = 0; strip < strips; strip++) catch_up(steps, strip);
+    memset(steps->known, 0, strips * sizeof *steps->known);
+    steps->count = 0;
+}
+
+// A step of a column, of which only its own strip hears at once.
+INLINE TARGET void move(Steps *steps, int column, Floats step) {
+    const int start = column / STRIP * STRIP;
+    const int stop = start + STRIP < steps->columns ? start + STRIP : steps->columns;
+    const float *row_of = steps->metric + (int64_t)column * steps->columns;
+    for (int j = start; j < stop; j++) steps->pull[j] += row_of[j] * step;
+    steps->column[steps->count] = column;
+    steps->step[steps->count++] = step;
+    steps->known[column / STRIP] = steps->count;
+    if (steps->count == PENDING) catch_up_all(steps);
 }
 
 // Set code after code to its best value with all others fixed, `sweeps` times over.
 INLINE TARGET void descend(const Block *b, const Floats *scale, const Floats *inverse, const Ints *second, Floats *pull,
                            Floats *value, Ints *code) {
-    const int columns = b->columns;
-    Steps steps = {.count = 0};
-    int known[MOST_COLUMNS / STRIP] = {0}; // how many of the steps the columns of a strip know of
+    int known[MOST_COLUMNS / STRIP] = {0};
+    Steps steps = {.metric = b->metric, .pull = pull, .columns = b->columns, .known = known};
     for (int sweep = 0; sweep < b->sweeps; sweep++)
-        for (int i = 0, group = 0; i < columns; i++) {
-            const int strip = i / STRIP, start = strip * STRIP;
-            const int stop = start + STRIP < columns ? start + STRIP : columns;
+        for (int i = 0, group = 0; i < b->columns; i++) {
             group += i == b->ends[group + 1];
-            if (i == start) {
-                catch_up(pull, b->metric, columns, &steps, known[strip], start);
-                known[strip] = steps.count;
-            }
-            const float *row_of = b->metric + (int64_t)i * columns;
+            if (i % STRIP == 0) catch_up(&steps, i / STRIP);
             Ints found;
-            const Floats best = value[i] - pull[i] * (1.0f / row_of[i]);
+            const Floats best = value[i] - pull[i] * (1.0f / b->metric[(int64_t)i * b->columns + i]);
             const Floats moved = nearest_of(&b->books, second[group], best * inverse[group], &found) * scale[group];
             const Floats step = moved - value[i];
             if (!any(step != 0)) continue;
             value[i] = moved;
             code[i] = found;
-            for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
-            steps.column[steps.count] = i;
-            steps.step[steps.count++] = step;
-            known[strip] = steps.count;
-            if (steps.count < PENDING) continue;
-            for (int s = 0; s * STRIP < columns; s++) catch_up(pull, b->metric, columns, &steps, known[s], s * STRIP);
-            memset(known, 0, sizeof known);
-            steps.count = 0;
+            move(&steps, i, step);
         }
 }
 
@@ -310,11 +323,11 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
 
 TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
     Anneal *a = job;
-    const int columns = a->columns, strips = (columns + STRIP - 1) / STRIP;
+    const int columns = a->columns;
     const int64_t row = index * LANES;
     const int lanes = a->rows - row < LANES ? (int)(a->rows - row) : LANES;
     Floats *memory = aligned_alloc(sizeof(Floats), 2 * sizeof(Floats) * columns);
-    int *known = calloc(strips, sizeof(int)); // how many of the steps the columns of a strip know of
+    int *known = calloc((columns + STRIP - 1) / STRIP, sizeof(int));
     if (memory == NULL || known == NULL) {
         a->failed = 1;
         free(memory);
@@ -326,7 +339,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
         value[i] = load(a->values + i * a->rows + row, lanes);
         pull[i] = load(a->pull + i * a->rows + row, lanes);
     }
-    Steps steps = {.count = 0};
+    Steps steps = {.metric = a->metric, .pull = pull, .columns = columns, .known = known};
     Ints at = {0}; // where the rows are in the noise
     for (int lane = 0; lane < lanes; lane++) at[lane] = a->offset[row + lane];
     for (int sweep = 0; sweep < a->sweeps; sweep++) {
@@ -334,40 +347,27 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
         Floats scale = {0}, inverse = {0};
         Ints second = {0}, code;
         for (int i = 0; i < columns; i++) {
-            const int strip = i / STRIP, start = strip * STRIP;
-            const int stop = start + STRIP < columns ? start + STRIP : columns;
             if (i % a->group_size == 0) {
                 const int64_t group = (int64_t)(i / a->group_size) * a->rows + row;
                 scale = load(a->scale + group, lanes);
                 inverse = reciprocal(scale);
                 for (int lane = 0; lane < lanes; lane++) second[lane] = -(int32_t)a->selector[group + lane];
             }
-            if (i == start) {
-                catch_up(pull, a->metric, columns, &steps, known[strip], start);
-                known[strip] = steps.count;
-            }
-            const float *row_of = a->metric + (int64_t)i * columns;
-            const Floats push = heat * gather(noise, at) * (1.0f / sqrtf(row_of[i]));
+            if (i % STRIP == 0) catch_up(&steps, i / STRIP);
+            const float curvature = a->metric[(int64_t)i * columns + i];
+            const Floats push = heat * gather(noise, at) * (1.0f / sqrtf(curvature));
             at = (at + 1) & (at + 1 < columns);
-            const Floats wanted = value[i] - pull[i] * (1.0f / row_of[i]) + push;
+            const Floats wanted = value[i] - pull[i] * (1.0f / curvature) + push;
             const Floats moved = nearest_of(&a->books, second, wanted * inverse, &code) * scale;
             const Floats step = moved - value[i];
-            if (any(step != 0)) {
-                growth += step * (2.0f * pull[i] + step * row_of[i]);
-                value[i] = moved;
-                for (int j = start; j < stop; j++) pull[j] += row_of[j] * step;
-                for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
-                steps.column[steps.count] = i;
-                steps.step[steps.count++] = step;
-                known[strip] = steps.count;
-            }
-            if (steps.count == PENDING || (sweep + 1 == a->sweeps && i + 1 == columns)) {
-                for (int s = 0; s < strips; s++) catch_up(pull, a->metric, columns, &steps, known[s], s * STRIP);
-                memset(known, 0, strips * sizeof(int));
-                steps.count = 0;
-            }
+            if (!any(step != 0)) continue;
+            growth += step * (2.0f * pull[i] + step * curvature);
+            value[i] = moved;
+            for (int lane = 0; lane < lanes; lane++) a->codes[i * a->rows + row + lane] = (uint8_t)code[lane];
+            move(&steps, i, step);
         }
     }
+    catch_up_all(&steps);
     for (int i = 0; i < columns; i++) {
         store(a->values + i * a->rows + row, value[i], lanes);
         store(a->pull + i * a->rows + row, pull[i], lanes);
@@ -390,6 +390,8 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef Steps
 #undef descend
 #undef catch_up
+#undef catch_up_all
+#undef move
 #undef nearest
 #undef nearest_of
 #undef take_steps
