@@ -159,9 +159,10 @@ def encode(
             better = dataclasses.replace(_first_order(target, importance, config), error=before)
         return better, before
 
-    nearest = _first_order(target, importance, config)
-    plain_before = second_order.with_error(target, nearest, config, output_metric).error
-    del nearest
+    # not kept as a start for below, which is seldom needed: it is as large as the result
+    plain_before = second_order.with_error(
+        target, _first_order(target, importance, config), config, output_metric
+    ).error
     encoding, before = refined(_importance_of(second_order.importance, config))
     if bool(encoding.error > CLEAR_GAIN * torch.minimum(before, plain_before)):
         # little was gained: the start for the diagonal alone may have been as good
