@@ -9,9 +9,10 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from aaac_ao import AAACConfig, AAACTensor, Statistics, calibrate_
+from aaac_ao.codebooks import fixed_codebooks
 from aaac_ao.encode import OutputMetric, encode
 from aaac_ao.encode.factor import damping, inverse_factor, inverse_factors
-from aaac_ao.encode.feedback import Order, descend, feedback, row_errors
+from aaac_ao.encode.feedback import Order, descend, errors_by_factor, feedback, row_errors
 from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import fit_books, fit_scales
 from aaac_ao.encode.rounding import Metric
@@ -219,6 +220,38 @@ def test_never_worse_than_nearest_where_little_is_to_be_gained(fmt, group_size, 
 
 
 @pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 32), ("int4", 128)])
+def on_a_grid(case: str, fmt: str, group_size: int, n: int, k: int) -> torch.Tensor:
+    if case == "constant":
+        return torch.full((n, k), 0.25)
+    levels = fixed_codebooks(case, group_size)[0]
+    scale = (1 + torch.randint(0, 8, (n, -(-k // group_size))) / 8) * 2.0 ** torch.randint(-4, 0, (n, 1))
+    weight = levels[torch.randint(0, 16, (n, k))] * scale.repeat_interleave(group_size, 1)[:, :k]
+    weight[:, ::group_size] = levels.abs().max() * scale  # every group reaches the end of the grid
+    weight[0] = 448 / 256 * levels.abs().max()  # in units of which all scales are those of E4M3
+    return weight
+
+
+@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 32)])
+@pytest.mark.parametrize("case", ["constant", "fp4", "nf4"])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_one_pass_keeps_weights_that_lie_on_a_grid(fmt, group_size, case, coupled):
+    weight, statistics = on_a_grid(case, fmt, group_size, 40, 172), statistics_of(correlated(1000, 172))
+    metric = OutputMetric(torch.cov(torch.randn(40, 200))) if coupled else None
+    encoding = encode(weight, AAACConfig(fmt, group_size, rounding="gptq"), statistics, output_metric=metric)
+    of_zeros = hessian_errors(encoding, weight * 0, statistics.hessian, group_size).sum()
+    assert hessian_errors(encoding, weight, statistics.hessian, group_size).sum() < 1e-10 * of_zeros
+    assert float(encoding.error) < 1e-10 * float(of_zeros)
+
+
+def test_errors_by_the_factor_are_those_under_the_damped_hessian():
+    hessian, errors = statistics_of(correlated(900, 300)).hessian, torch.randn(300, 7)
+    order = Order.of_importance(hessian.diagonal(), 64)
+    factor = inverse_factor(hessian, order.columns, order.blocks())
+    found = errors_by_factor(errors, order, factor, map(Metric.of_panel, factor))
+    expected = row_errors(errors.double(), torch.zeros(300, 7).double(), damp(hessian, 0.01).double())
+    assert torch.allclose(found.double(), expected, rtol=1e-3)
+
+
 def test_one_pass_lies_between_nearest_and_more_of_them(fmt, group_size):
     weight, statistics = torch.randn(150, 300) * 0.02, statistics_of(correlated(1500, 300))
     errors = []

@@ -6,8 +6,9 @@ Pure numerics on plain tensors, on any device; knows nothing of torchao. The ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -30,6 +31,8 @@ SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
 CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
+#: One row in so many, but no fewer weights than this, tell whether rounding to nearest may be better than a single pass.
+JUDGED_SHARE, JUDGED_WEIGHTS = 64, 1 << 14
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
 REFINE_ROUNDS, ONCE_REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2, 2
 #: With learned books the largest group starts here and not at 448: the search may enlarge it by up to three codes.
@@ -110,7 +113,9 @@ def encode(
     The fixed grids stand as candidates: the result is never worse than any of them on this objective.
 
     With rounding="gptq", and with "auto" where the statistics hold a Hessian, the objective is the full
-    sum_n (w_n - q_n)^T H (w_n - q_n), and codes and scales come from one pass: see `second_order`.
+    sum_n (w_n - q_n)^T H (w_n - q_n), and codes and scales come from one pass: see `second_order`. Where a share of the
+    rows tells that the above may lose less on this objective, as with weights that lie on a grid already, both are
+    held against each other.
     "gptq-thorough" goes on from there, for many times as long, and is never worse than the above on this objective. So
     does "gptq" where inputs are so nearly independent that one pass may not be better.
 
@@ -144,8 +149,13 @@ def encode(
         statistics.give_up_hessian()
     target = second_order.target(weight, output_shift)
     if once:
-        start = _start(target, _importance_of(second_order.importance, config), config)
+        groups = _Groups(target, config.group_size)
+        start = _start(groups, _importance_of(second_order.importance, config), config)
         encoding = second_order.round_once(target, start, config, output_metric)
+        if _nearest_may_lose_less(groups, importance, encoding, config):
+            nearest = _best_encoding(groups, importance, config)
+            nearest = second_order.with_error_of_once(target, nearest, config, output_metric)
+            encoding = nearest if bool(nearest.error < encoding.error) else encoding
         if final:
             second_order.forget_factor()
         return encoding
@@ -176,9 +186,9 @@ def _first_order(weight: torch.Tensor, importance: torch.Tensor, config: AAACCon
     return _best_encoding(groups, importance, config)
 
 
-def _start(weight: torch.Tensor, importance: torch.Tensor, config: AAACConfig) -> Encoding:
+def _start(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Encoding:
     """Books, learned on fewer weights, and scales to begin with; no codes yet."""
-    groups, fmt = _Groups(weight, config.group_size), config.scale_format
+    weight, fmt = groups.weight, config.scale_format
     if config.codebooks == "learned":
         candidate = _learned(groups, importance, config, ONCE_SAMPLE_WEIGHTS, ONCE_REFINE_ROUNDS)
     else:
@@ -259,25 +269,53 @@ def _best_encoding(groups: _Groups, importance: torch.Tensor, config: AAACConfig
     learned = _learned(groups, importance, config, SAMPLE_WEIGHTS, REFINE_ROUNDS)
     hand_back_memory()
     best = _assign(groups, importance, learned, config)
-    for name, bound in zip(FIXED_CODEBOOKS, _lower_bounds(groups, importance, config), strict=True):
+    bounds = _lower_bounds(groups.chunks(), groups.amax, importance, config, _fixed_pairs(config))
+    for name, bound in zip(FIXED_CODEBOOKS, bounds, strict=True):
         if bound < float(best.error):
             rival = _assign(groups, importance, _fixed(groups, importance, config, name), config)
             best = rival if bool(rival.error < best.error) else best
     return best
 
 
-def _lower_bounds(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> list[float]:
-    """What the error of each fixed pair cannot be below, from one pass for all: most of them need not be tried."""
+def _nearest_may_lose_less(
+    groups: _Groups, importance: torch.Tensor, encoding: Encoding, config: AAACConfig
+) -> bool:
+    """Whether rounding to nearest may lose less than an encoding from `_start`, as a share of the rows tells.
+
+    Errors of rounding to nearest add up as if inputs were independent: their signs are those of chance.
+    """
+    sample = groups.sample(max(groups.weight.numel() // JUDGED_SHARE, JUDGED_WEIGHTS))
+    bounds = partial(_lower_bounds, sample.split(groups.chunk_rows), groups.amax, importance, config)
+    least = min(bounds(_fixed_pairs(config)))
+    if config.codebooks == "learned":
+        least = min(least, *bounds(encoding.codebooks[None], LEARNED_LARGEST_E4M3))
+    return least * groups.rows < float(encoding.error) * len(sample)
+
+
+def _fixed_pairs(config: AAACConfig) -> torch.Tensor:
+    """[pairs, 2, 16] the fixed pairs that weights are tried with, each book ascending and with a `top` of 1."""
+    names = FIXED_CODEBOOKS if config.codebooks == "learned" else (config.codebooks,)
+    return torch.stack([fixed_codebooks(n, config.group_size).sort(dim=1).values / top_of(n) for n in names])
+
+
+def _lower_bounds(
+    chunks: Iterable[torch.Tensor],
+    amax: torch.Tensor,
+    importance: torch.Tensor,
+    config: AAACConfig,
+    pairs: torch.Tensor,
+    largest: float = E4M3_MAX,
+) -> list[float]:
+    """What the error of each pair [pairs, 2, 16] cannot be below, from one pass for all: most need not be tried."""
     if not config.scale_search:  # the bounds are about the scales of the search
-        return [0.0] * len(FIXED_CODEBOOKS)
-    fmt, device = config.scale_format, groups.weight.device
-    pairs = [fixed_codebooks(name, config.group_size).sort(dim=1).values / top_of(name) for name in FIXED_CODEBOOKS]
-    books, index = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)  # IF4 is made of FP4 and INT4
+        return [0.0] * len(pairs)
+    fmt, device = config.scale_format, amax.device
+    books, index = torch.unique(pairs.flatten(0, 1), dim=0, return_inverse=True)  # IF4 is made of FP4 and INT4
     first, second = index.view(-1, 2).to(device).unbind(1)
     table = ScaleTable(books.to(device), fmt, lower_bounds=True)
-    pts = fmt.per_tensor_scale(groups.amax, top=1.0)
-    total = torch.zeros(len(FIXED_CODEBOOKS), dtype=torch.float64, device=device)
-    for chunk in groups.chunks():
+    pts = fmt.per_tensor_scale(amax, top=1.0, largest=largest)
+    total = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    for chunk in chunks:
         errors, unit = (x.flatten(0, 1) for x in least_errors(chunk, importance, table, pts))
         errors = torch.minimum(errors[:, first], errors[:, second])
         total += unit.double().square() @ errors.double()

@@ -115,6 +115,21 @@ def feedback(
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes, lost
 
 
+def errors_by_factor(
+    errors: torch.Tensor, order: Order, factor: list[torch.Tensor], metrics: Iterable[Metric]
+) -> torch.Tensor:
+    """e_n^T H e_n of every row, fp32 [N], from what its columns are off by, [K, N]; the rest is that of `feedback`."""
+    left, start = errors[order.columns], 0
+    lost = errors.new_zeros(errors.shape[1])
+    for panel, metric in zip(factor, metrics, strict=True):
+        stop = start + len(panel)
+        own = metric.root @ left[start:stop]
+        left[stop:].addmm_(panel[:, len(panel) :].t(), own, alpha=-1)
+        lost += own.square().sum(0)
+        start = stop
+    return lost
+
+
 def _annealed(target: torch.Tensor, metric: Metric, rounded: Rounded, grid: Grid, sweeps: int) -> Rounded:
     """A block [B, N] with better codes."""
     own = Grid(rounded.scale, rounded.selector, grid.codebooks, grid.group_size)

@@ -29,7 +29,7 @@ import torch
 
 from aaac_ao.encode.annealing import anneal
 from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
-from aaac_ao.encode.feedback import Candidates, Order, block_metrics, descend, feedback, row_errors
+from aaac_ao.encode.feedback import Candidates, Order, block_metrics, descend, errors_by_factor, feedback, row_errors
 from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
 from aaac_ao.encode.rounding import Metric
@@ -253,6 +253,18 @@ class SecondOrder:
         else:
             error = output_error(torch.cat([w - values for w, values in pairs]), self.hessian, output_metric)
         return dataclasses.replace(encoding, error=error)
+
+    def with_error_of_once(
+        self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig, output_metric: OutputMetric | None
+    ) -> Encoding:
+        """The same encoding with its error as `round_once` gives it, without a metric from the factor alone."""
+        if output_metric is not None:
+            return self.with_error(weight, encoding, config, output_metric)
+        lost = []
+        for rows in _rows(weight, ONCE_CHUNK_WEIGHTS).chunks():
+            errors = weight[rows].float().t() - _values(encoding, rows, config).t()
+            lost.append(errors_by_factor(errors, self.order, self.factor, self.panel_metrics).double().sum())
+        return dataclasses.replace(encoding, error=torch.stack(lost).sum())
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:
         """The same choices with books by least squares, as they are stored; its codes are overwritten."""
