@@ -29,15 +29,8 @@ HERE = Path(__file__).resolve().parent
 #: Linear weights of the blocks of Llama-3-8B, for the projection.
 LLAMA_8B_WEIGHTS = 6_979_321_856
 GPTQ, HQQ = "torchao GPTQ", "torchao int4 HQQ"
-OURS = {
-    f"AAAC {rounding}, {name}": AAACConfig(**setting, rounding=rounding)
-    for rounding in ("nearest", "gptq", "gptq-thorough")
-    for name, setting in {
-        "nvfp4 g16": {"format": "nvfp4"},
-        "int4 g64": {"group_size": 64},
-        "int4 g128": {"group_size": 128},
-    }.items()
-}
+ROUNDINGS = ("nearest", "gptq", "gptq-thorough")
+SETTINGS = {"nvfp4 g16": {"format": "nvfp4"}, "int4 g64": {"group_size": 64}, "int4 g128": {"group_size": 128}}
 
 
 def random_layer(size: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -79,10 +72,14 @@ def peer_seconds(layer: dict[str, torch.Tensor], repeats: int, threads: int) -> 
         return json.loads(result.read_text())
 
 
-def rows_of(size: int, repeats: int, device: str, peers: bool) -> list[list[str]]:
+def rows_of(size: int, roundings: list[str], repeats: int, device: str, peers: bool) -> list[list[str]]:
     """Lines of the table for one layer."""
     layer = random_layer(size, device)
-    seconds: dict[str, float | str] = {name: our_seconds(layer, config, repeats) for name, config in OURS.items()}
+    seconds: dict[str, float | str] = {
+        f"AAAC {rounding}, {name}": our_seconds(layer, AAACConfig(**setting, rounding=rounding), repeats)
+        for rounding in roundings
+        for name, setting in SETTINGS.items()
+    }
     if peers:
         seconds |= peer_seconds(layer, repeats, torch.get_num_threads())
     lines = []
@@ -102,6 +99,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="square layers")
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="only our encoder")
@@ -110,7 +108,13 @@ def main() -> None:
     header = ["layer", "method", "seconds", "M weights/s", "times HQQ", "times GPTQ", "8B, minutes"]
     lines = []
     for size in args.sizes:
-        lines += rows_of(size, args.repeats if size < 4096 else 1, args.device, args.peers and args.device == "cpu")
+        lines += rows_of(
+            size,
+            args.roundings,
+            args.repeats if size < 4096 else 1,
+            args.device,
+            args.peers and args.device == "cpu",
+        )
         rows = [dict(zip(header, line, strict=True)) for line in lines]
         write_json(args.json, {"environment": environment(args.device), "rows": rows})
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n")

@@ -31,7 +31,7 @@ SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
 CHUNK_WEIGHTS = 1 << 16
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
-#: One row in so many, but no fewer weights than this, tell whether rounding to nearest may be better than a single pass.
+#: One row in so many, but no fewer weights than this, tell whether nearest rounding may be better than a single pass.
 JUDGED_SHARE, JUDGED_WEIGHTS = 64, 1 << 14
 #: Rounds of (scale search, short k-means) after the first k-means, and the updates of each.
 REFINE_ROUNDS, ONCE_REFINE_ROUNDS, REFINE_ITERATIONS = 6, 2, 2
@@ -277,9 +277,7 @@ def _best_encoding(groups: _Groups, importance: torch.Tensor, config: AAACConfig
     return best
 
 
-def _nearest_may_lose_less(
-    groups: _Groups, importance: torch.Tensor, encoding: Encoding, config: AAACConfig
-) -> bool:
+def _nearest_may_lose_less(groups: _Groups, importance: torch.Tensor, encoding: Encoding, config: AAACConfig) -> bool:
     """Whether rounding to nearest may lose less than an encoding from `_start`, as a share of the rows tells.
 
     Errors of rounding to nearest add up as if inputs were independent: their signs are those of chance.

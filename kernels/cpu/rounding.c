@@ -13,8 +13,10 @@
 // kept until all columns hear of them.
 enum { MOST_COLUMNS = 256, STRIP = 8, PENDING = 64 };
 
+// In `tree`, level by level, what tells the entries of a book apart: the 2^level nodes of the second book stand behind
+// those of the first. What lies behind them is only read along.
 typedef struct {
-    float entry[2][16], middle[2][16]; // the last of `middle` is not used
+    float entry[2][16], tree[4][24];
 } Books;
 
 // All matrices are [columns or groups][rows], rows contiguous; `factor`, `metric` and `root` are [columns][columns].
@@ -45,9 +47,13 @@ typedef struct {
 
 static void fill_books(Books *books, const float *entries) {
     memcpy(books->entry, entries, sizeof books->entry);
+    memset(books->tree, 0, sizeof books->tree);
     for (int book = 0; book < 2; book++)
-        for (int i = 0; i < 15; i++)
-            books->middle[book][i] = (books->entry[book][i] + books->entry[book][i + 1]) * 0.5f;
+        for (int level = 0; level < 4; level++)
+            for (int node = 0; node < 1 << level; node++) {
+                const float *below = books->entry[book] + (2 * node + 1) * (8 >> level) - 1;
+                books->tree[level][(book << level) + node] = (below[0] + below[1]) * 0.5f;
+            }
 }
 
 // How many rows go side by side in a vector, and by what code

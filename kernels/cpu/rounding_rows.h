@@ -8,6 +8,7 @@
 #define reciprocal NAME(reciprocal)
 #define look_up NAME(look_up)
 #define look_up_in NAME(look_up_in)
+#define look_up_few NAME(look_up_few)
 #define gather NAME(gather)
 #define any NAME(any)
 #define Steps NAME(Steps)
@@ -18,17 +19,23 @@
 #define nearest NAME(nearest)
 #define nearest_of NAME(nearest_of)
 #define take_steps NAME(take_steps)
+#define take_strip NAME(take_strip)
 #define try_steps NAME(try_steps)
 #define WAYS (LANES == 16 ? 2 : 1) // that registers have room for
 #define pull_of NAME(pull_of)
 #define root_times NAME(root_times)
+#define try_scales NAME(try_scales)
 #define choose NAME(choose)
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 INLINE TARGET Floats pick(Ints mask, Floats yes, Floats no) {
+#if LANES == 8
+    return (Floats)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+#else
     return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+#endif
 }
 
 INLINE TARGET Floats load(const float *from, int lanes) {
@@ -54,6 +61,15 @@ INLINE TARGET Floats look_up(const float *table, Ints at) {
     return (Floats)_mm256_blendv_ps(low, high, (__m256)(at << 28)); // by the bit of 8
 #else
     return (Floats){table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+#endif
+}
+
+// The same of up to 8, whatever `table` holds behind them.
+INLINE TARGET Floats look_up_few(const float *table, Ints at) {
+#if LANES == 8
+    return (Floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)at);
+#else
+    return look_up(table, at);
 #endif
 }
 
@@ -89,23 +105,49 @@ INLINE TARGET Floats look_up_in(const float tables[2][16], Ints second, Ints at)
 
 // The nearest entry of one book; ties go to the lower one.
 INLINE TARGET Floats nearest(const Books *books, int book, Floats x) {
-    Ints code = (x > books->middle[book][7]) & 8;
+    Ints code = -(x > books->tree[0][book]);
 #pragma GCC unroll 3
-    for (int step = 4; step > 0; step /= 2) code += (x > look_up(books->middle[book], code + (step - 1))) & step;
+    for (int level = 1; level < 4; level++)
+        code += code - (x > look_up_few(books->tree[level] + (book << level), code));
     return look_up(books->entry[book], code);
 }
 
 // The same with a book for every lane, and the codes.
 INLINE TARGET Floats nearest_of(const Books *books, Ints second, Floats x, Ints *code) {
-    Ints found = {0};
-#pragma GCC unroll 4
-    for (int step = 8; step > 0; step /= 2) found += (x > look_up_in(books->middle, second, found + (step - 1))) & step;
-    *code = found;
-    return look_up_in(books->entry, second, found);
+    Ints found = -(x > look_up_few(books->tree[0], second & 1));
+#pragma GCC unroll 2
+    for (int level = 1; level < 3; level++)
+        found += found - (x > look_up_few(books->tree[level], found + (second & (1 << level))));
+    *code = found + found - (x > look_up(books->tree[3], found + (second & 8)));
+    return look_up_in(books->entry, second, *code);
 }
 
-// What the steps of a strip's columns change in the columns from .. end - 1; `rows` are theirs in a matrix of this
-// width.
+// What the steps of a strip's columns, `ways` of them for each, change in the columns from .. end - 1, which are
+// `stride` apart; `rows` are theirs in a matrix of this width. Four at a time: one would wait for itself.
+INLINE TARGET void take_strip(Floats *left, int stride, const float *rows, int columns, const Floats *own, int ways,
+                              int from, int end) {
+    int j = from;
+    for (; j + 4 <= end; j += 4) {
+        Floats x[4][WAYS];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) memcpy(x[n], left + (j + n) * stride, sizeof(Floats) * ways);
+#pragma GCC unroll 8
+        for (int i = 0; i < STRIP; i++)
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++)
+#pragma GCC unroll 2
+                for (int way = 0; way < ways; way++)
+                    x[n][way] -= rows[(int64_t)i * columns + j + n] * own[i * ways + way];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) memcpy(left + (j + n) * stride, x[n], sizeof(Floats) * ways);
+    }
+    for (; j < end; j++)
+        for (int i = 0; i < STRIP; i++)
+            for (int way = 0; way < ways; way++)
+                left[j * stride + way] -= rows[(int64_t)i * columns + j] * own[i * ways + way];
+}
+
+// The same with one way to go, and any number of steps.
 INLINE TARGET void take_steps(Floats *left, const float *rows, int columns, const Floats *steps, int count, int from,
                               int end) {
     if (count < STRIP) {
@@ -115,68 +157,64 @@ INLINE TARGET void take_steps(Floats *left, const float *rows, int columns, cons
     }
     Floats own[STRIP]; // not in memory, where `left` might change them
     memcpy(own, steps, sizeof own);
-    for (int j = from; j < end; j++) {
-        Floats x = left[j];
-#pragma GCC unroll 8
-        for (int i = 0; i < STRIP; i++) x -= rows[(int64_t)i * columns + j] * own[i];
-        left[j] = x;
-    }
+    take_strip(left, 1, rows, columns, own, 1, from, end);
 }
 
 // What the steps of a strip change in the columns behind it, up to `end`, in some of the ways to go.
 INLINE TARGET void try_steps(Floats left[][4], const float *rows, int columns, const Floats steps[STRIP][4], int way,
                              int end) {
-    Floats own[STRIP][WAYS]; // in registers
+    Floats own[STRIP * WAYS]; // in registers
 #pragma GCC unroll 8
-    for (int i = 0; i < STRIP; i++) memcpy(own[i], &steps[i][way], sizeof own[i]);
-    for (int j = STRIP; j < end; j++) {
-        Floats x[WAYS];
-        memcpy(x, &left[j][way], sizeof x);
-#pragma GCC unroll 8
-        for (int i = 0; i < STRIP; i++)
-#pragma GCC unroll 2
-            for (int w = 0; w < WAYS; w++) x[w] -= rows[(int64_t)i * columns + j] * own[i][w];
-        memcpy(&left[j][way], x, sizeof x);
+    for (int i = 0; i < STRIP; i++) memcpy(own + i * WAYS, &steps[i][way], sizeof(Floats) * WAYS);
+    take_strip(&left[0][way], 4, rows, columns, own, WAYS, STRIP, end);
+}
+
+// A group rounded under `ways / 2` scales, with both books under each: none of the ways to go waits for the others.
+INLINE TARGET void try_scales(const Block *b, const Floats *target, int first, int end, const Floats *scale, int ways,
+                              Floats *cost) {
+    const int columns = b->columns;
+    Floats left[MOST_COLUMNS][4], inverse[2];
+    for (int way = 0; way < ways; way += 2) inverse[way / 2] = reciprocal(scale[way / 2]);
+    for (int way = 0; way < ways; way++) cost[way] = (Floats){0};
+    for (int i = first; i < end; i++)
+        for (int way = 0; way < ways; way++) left[i][way] = target[i];
+    for (int start = first; start < end; start += STRIP) {
+        const int count = end - start < STRIP ? end - start : STRIP;
+        const float *rows = b->factor + (int64_t)start * columns + start;
+        Floats error[STRIP][4];
+        for (int i = 0; i < count; i++) {
+            const float *row_of = rows + (int64_t)i * columns;
+#pragma GCC unroll 4
+            for (int way = 0; way < ways; way++) {
+                Floats x = left[start + i][way], value = nearest(&b->books, way & 1, x * inverse[way / 2]);
+                error[i][way] = (x - value * scale[way / 2]) * (1.0f / row_of[i]);
+                cost[way] += error[i][way] * error[i][way];
+            }
+            for (int j = i + 1; j < count; j++)
+#pragma GCC unroll 4
+                for (int way = 0; way < ways; way++) left[start + j][way] -= row_of[j] * error[i][way];
+        }
+        if (count == STRIP)
+            for (int way = 0; way < ways; way += WAYS) try_steps(left + start, rows, columns, error, way, end - start);
     }
 }
 
-// The scale and book of a group with which feedback inside the group leaves the least error. Both books of two scales
-// go together: none waits for the others.
+// The scale and book of a group with which feedback inside the group leaves the least error.
 INLINE TARGET void choose(const Block *b, const Floats *target, int group, int64_t row, int lanes, Floats *scale,
                           Ints *second) {
-    int first = b->ends[group], end = b->ends[group + 1], columns = b->columns;
-    Floats least = (Floats){0} + INFINITY, left[MOST_COLUMNS][4];
+    const int first = b->ends[group], end = b->ends[group + 1];
+    Floats least = (Floats){0} + INFINITY, s[2], cost[4];
     *scale = (Floats){0};
     *second = (Ints){0};
     for (int candidate = 0; candidate < b->count; candidate += 2) {
-        Floats s[2], inverse[2], cost[4] = {{0}};
-        for (int i = 0; i < 2; i++) { // the last one may go twice
-            int64_t which = candidate + i < b->count ? candidate + i : candidate;
-            s[i] = load(b->candidates + (which * b->groups + group) * b->rows + row, lanes);
-            inverse[i] = reciprocal(s[i]);
-        }
-        for (int i = first; i < end; i++)
-            for (int way = 0; way < 4; way++) left[i][way] = target[i];
-        for (int start = first; start < end; start += STRIP) {
-            const int count = end - start < STRIP ? end - start : STRIP;
-            const float *rows = b->factor + (int64_t)start * columns + start;
-            Floats error[STRIP][4];
-            for (int i = 0; i < count; i++) {
-                const float *row_of = rows + (int64_t)i * columns;
-#pragma GCC unroll 4
-                for (int way = 0; way < 4; way++) {
-                    Floats x = left[start + i][way], value = nearest(&b->books, way & 1, x * inverse[way / 2]);
-                    error[i][way] = (x - value * s[way / 2]) * (1.0f / row_of[i]);
-                    cost[way] += error[i][way] * error[i][way];
-                }
-                for (int j = i + 1; j < count; j++)
-#pragma GCC unroll 4
-                    for (int way = 0; way < 4; way++) left[start + j][way] -= row_of[j] * error[i][way];
-            }
-            if (count == STRIP)
-                for (int way = 0; way < 4; way += WAYS) try_steps(left + start, rows, columns, error, way, end - start);
-        }
-        for (int way = 0; way < 4; way++) {
+        const int ways = candidate + 1 < b->count ? 4 : 2;
+        for (int i = 0; i < ways / 2; i++)
+            s[i] = load(b->candidates + ((int64_t)(candidate + i) * b->groups + group) * b->rows + row, lanes);
+        if (ways == 4)
+            try_scales(b, target, first, end, s, 4, cost);
+        else
+            try_scales(b, target, first, end, s, 2, cost);
+        for (int way = 0; way < ways; way++) {
             Ints better = cost[way] < least;
             least = pick(better, cost[way], least);
             *scale = pick(better, s[way / 2], *scale);
@@ -385,6 +423,7 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef reciprocal
 #undef look_up
 #undef look_up_in
+#undef look_up_few
 #undef gather
 #undef any
 #undef Steps
@@ -395,10 +434,12 @@ TARGET static void NAME(anneal_rows)(void *job, int64_t index) {
 #undef nearest
 #undef nearest_of
 #undef take_steps
+#undef take_strip
 #undef try_steps
 #undef WAYS
 #undef pull_of
 #undef root_times
+#undef try_scales
 #undef choose
 #undef LANES
 #undef TARGET
