@@ -146,9 +146,9 @@ def test_lower_bounds_are_below_the_errors_of_fixed_pairs(name, fmt, group_size)
     """For any weight; near enough to spare most trials where weights are like a model's."""
     weight, statistics = WEIGHTS[name](9, 168), random_statistics(168)
     kwargs = {"format": fmt, "group_size": group_size}
-    groups = ENCODE._Groups(weight, group_size)
-    importance = ENCODE._importance(weight, AAACConfig(**kwargs), statistics)
-    bounds = ENCODE._lower_bounds(groups, importance, AAACConfig(**kwargs))
+    groups, config = ENCODE._Groups(weight, group_size), AAACConfig(**kwargs)
+    importance = ENCODE._importance(weight, config, statistics)
+    bounds = ENCODE._lower_bounds(groups.chunks(), groups.amax, importance, config, ENCODE._fixed_pairs(config))
     errors = [encode(weight, AAACConfig(**kwargs, codebooks=name), statistics).error for name in FIXED_CODEBOOKS]
     assert all(bound <= error for bound, error in zip(bounds, errors, strict=True))
     if name == "gaussian":  # one channel of large importance can spoil one pair

@@ -219,7 +219,6 @@ def test_never_worse_than_nearest_where_little_is_to_be_gained(fmt, group_size, 
     assert errors[1] <= errors[0] * (1 + 1e-5)
 
 
-@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 32), ("int4", 128)])
 def on_a_grid(case: str, fmt: str, group_size: int, n: int, k: int) -> torch.Tensor:
     if case == "constant":
         return torch.full((n, k), 0.25)
@@ -252,6 +251,7 @@ def test_errors_by_the_factor_are_those_under_the_damped_hessian():
     assert torch.allclose(found.double(), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 32), ("int4", 128)])
 def test_one_pass_lies_between_nearest_and_more_of_them(fmt, group_size):
     weight, statistics = torch.randn(150, 300) * 0.02, statistics_of(correlated(1500, 300))
     errors = []
