@@ -25,6 +25,16 @@ def statistics_of(x: torch.Tensor) -> Statistics:
     return Statistics(hessian.diagonal().clone(), len(x), hessian)
 
 
+def correlated(tokens: int, k: int) -> torch.Tensor:
+    """Inputs whose channels move together, some of them large."""
+    return torch.randn(tokens, k) @ (torch.eye(k) + 1.5 * torch.randn(k, k) / k**0.5) * torch.randn(k).exp()
+
+
+def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
+    """H with a share of its mean diagonal on the diagonal."""
+    return hessian + torch.eye(len(hessian)) * share * hessian.diagonal().mean()
+
+
 def importance_of(statistics, columns: int) -> torch.Tensor:
     """H = E[x^2] plus a thousandth of its mean, fp64; 1 without statistics or when no channel was ever active."""
     if statistics is None or float(statistics.second_moment.double().sum()) == 0:
@@ -43,6 +53,12 @@ def dequantised(encoding, group_size: int) -> torch.Tensor:
     group = torch.arange(encoding.codes.shape[1]) // group_size
     book = encoding.codebooks.double()[encoding.selector.long()[:, group]]
     return encoding.scale.double()[:, group] * book.gather(-1, encoding.codes.long()[..., None]).squeeze(-1)
+
+
+def hessian_errors(encoding, weight, hessian, group_size: int) -> torch.Tensor:
+    """(w - q)^T H (w - q) of every row."""
+    error = weight.double() - dequantised(encoding, group_size)
+    return ((error @ hessian.double()) * error).sum(1)
 
 
 def weighted_error(weight, encoding, group_size: int, importance) -> float:
