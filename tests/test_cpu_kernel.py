@@ -321,14 +321,16 @@ def test_cpu_mode():
         cpu_mode("fp8")
 
 
-def test_beyond_the_crossover(isa, kind):
+@pytest.mark.parametrize("halves", [False, True])
+def test_beyond_the_crossover(isa, kind, halves, monkeypatch):
     """More tokens than the kernel is fastest for are multiplied in fp32, in every mode."""
+    monkeypatch.setattr(cpu, "_halves_vectors", lambda: halves)
     s = sample(40, 200, *kind)
     for mode in cpu.MODES:
         if cpu.most_tokens(mode) == cpu.ANY:
             continue
-        for tokens in (cpu.most_tokens(mode), cpu.most_tokens(mode) + 1):
-            x = torch.randn(tokens, 200)
+        for more in (0, 1) if mode == "exact" else (1,):
+            x = torch.randn(cpu.most_tokens(mode) + more, 200)
             with cpu_mode(mode):
                 assert_product(ops.linear(x, *s.parts, s.group_size, None), x, s.dense())
 

@@ -27,6 +27,7 @@ GROUP_SIZES = (16, 32)  # and all multiples of 64
 ANY = 1 << 62
 MOST_TOKENS = {
     "plain": {"exact": 4, "int16": 4, "int8": 4},
+    "avx2 by halves": {"exact": 24, "int16": 96, "int8": 96},
     "avx2": {"exact": 24, "int16": ANY, "int8": ANY},
     "avx_vnni": {"exact": 24, "int16": ANY, "int8": ANY},
     "avx512": {"exact": 48, "int16": ANY, "int8": ANY},
@@ -86,7 +87,13 @@ def supports(scale: torch.Tensor, group_size: int) -> bool:
 
 def most_tokens(mode: str) -> int:
     """Up to how many tokens `linear` should be used in a mode; the library must be there."""
-    return MOST_TOKENS[best_isa()][mode]
+    isa = best_isa()
+    return MOST_TOKENS["avx2 by halves" if isa == "avx2" and _halves_vectors() else isa][mode]
+
+
+@functools.cache
+def _halves_vectors() -> bool:
+    return bool(_library().aaac_halves_vectors())
 
 
 def linear(

@@ -44,6 +44,16 @@ __attribute__((constructor)) static void find_isas(void) {
 // Whether this machine, and the compiler, have an instruction set.
 EXPORT int aaac_has_isa(int isa) { return isa >= ISA_PLAIN && isa <= ISA_AVX512 && has_isa[isa]; }
 
+// Whether this machine works on the halves of AVX2's vectors one after the other (Zen, Zen+).
+EXPORT int aaac_halves_vectors(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("znver1") != 0;
+#else
+    return 0;
+#endif
+}
+
 // the weight
 
 static Weight make_weight(const void *qdata, int64_t qdata_stride, const void *scale, int64_t scale_stride,
