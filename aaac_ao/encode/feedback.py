@@ -118,7 +118,7 @@ def feedback(
 def errors_by_factor(
     errors: torch.Tensor, order: Order, factor: list[torch.Tensor], metrics: Iterable[Metric]
 ) -> torch.Tensor:
-    """e_n^T H e_n of every row, fp32 [N], from what its columns are off by, [K, N]; the rest is that of `feedback`."""
+    """e_n^T H e_n of every row, fp32 [N], from what its columns are off by, [K, N], as `feedback` adds it up."""
     left, start = errors[order.columns], 0
     lost = errors.new_zeros(errors.shape[1])
     for panel, metric in zip(factor, metrics, strict=True):

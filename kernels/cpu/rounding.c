@@ -1,5 +1,6 @@
 // Rounding of a block of columns under a quadratic error: see aaac_ao/encode/rounding.py, which has the same steps in
-// PyTorch. Below it, annealing: see aaac_ao/encode/annealing.py. The work on rows is in rounding_rows.h.
+// PyTorch. Below it, annealing: see aaac_ao/encode/annealing.py. The work on rows is in rounding_rows.h and
+// annealing_rows.h.
 #include <stdlib.h>
 
 #include "common.h"
