@@ -105,16 +105,11 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="only our encoder")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
+    peers = args.peers and args.device == "cpu"
     header = ["layer", "method", "seconds", "M weights/s", "times HQQ", "times GPTQ", "8B, minutes"]
     lines = []
     for size in args.sizes:
-        lines += rows_of(
-            size,
-            args.roundings,
-            args.repeats if size < 4096 else 1,
-            args.device,
-            args.peers and args.device == "cpu",
-        )
+        lines += rows_of(size, args.roundings, args.repeats if size < 4096 else 1, args.device, peers)
         rows = [dict(zip(header, line, strict=True)) for line in lines]
         write_json(args.json, {"environment": environment(args.device), "rows": rows})
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n")

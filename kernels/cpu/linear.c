@@ -47,7 +47,6 @@ EXPORT int aaac_has_isa(int isa) { return isa >= ISA_PLAIN && isa <= ISA_AVX512 
 // Whether this machine works on the halves of AVX2's vectors one after the other (Zen, Zen+).
 EXPORT int aaac_halves_vectors(void) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
     return __builtin_cpu_is("znver1") != 0;
 #else
     return 0;
