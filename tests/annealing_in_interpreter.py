@@ -20,7 +20,7 @@ from aaac_ao.kernels import annealing as kernel
 from aaac_ao.kernels import verify
 
 #: Columns, rows, group size, and the most columns of a launch: ragged groups, blocks and programs.
-WEIGHTS = ((40, 5, 16, 256), (23, 6, 64, 256), (1, 3, 16, 256), (70, 9, 16, 32), (50, 4, 32, 32), (45, 2, 16, 40))
+WEIGHTS = ((40, 5, 16, 256), (23, 6, 64, 256), (1, 3, 16, 256), (70, 7, 16, 32), (50, 4, 32, 32), (45, 2, 16, 40))
 SWEEPS = 3
 
 
@@ -53,7 +53,7 @@ def compared(given, parts, pushes, heat, offset) -> dict[str, float]:
     pulled = hessian @ (values - weight)
     same = (new == right).all(0)
     return {
-        "codes": (~same).double().mean().item() / 0.2,  # a row that meets a tie goes its own way
+        "codes": (~same).sum().item() / max(1, 0.2 * len(same)),  # a row that meets a tie goes its own way
         "growth": (((growth - error + before).abs() / (1e-4 * (error + before))) * same).max().item(),
         "values": 0.0 if torch.equal(values, grid.values(new)) else math.inf,
         "pull": ((pull - pulled).abs().max() / (1e-4 * (1 + pulled.abs().max()))).item(),
@@ -65,26 +65,32 @@ def weight_results():
         kernel.MOST_COLUMNS = at_once
         given = problem(columns, rows, group_size)
         parts = parts_of(*given, SWEEPS)
-        again = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]
         case = f"K={columns} N={rows} g{group_size} by {at_once}"
         for kind, ratio in compared(given, parts, *parts[4:6], parts[9]).items():
             yield {"kind": kind, "case": case, "ratio": ratio}
-        kernel.anneal(*again)
-        same = all(torch.equal(*pair) for pair in zip(parts[:3], again[:3], strict=True))
-        yield {"kind": "again", "case": case, "ratio": 0.0 if same else math.inf}
     kernel.MOST_COLUMNS = 256
+
+
+def repeated_results():
+    """The same input twice."""
+    parts = parts_of(*problem(23, 6, 16), SWEEPS)
+    again = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]
+    kernel.anneal(*parts)
+    kernel.anneal(*again)
+    same = all(torch.equal(*pair) for pair in zip(parts[:3], again[:3], strict=True))
+    yield {"kind": "again", "case": "twice", "ratio": 0.0 if same else math.inf}
 
 
 def check_results():
     """The encoder's check before it uses the kernel: whether both paths agree, and whether it sees where not."""
-    whole = lambda: annealing.errors_of_both(kernel.anneal, torch.device("cpu"), 40, 16)  # noqa: E731
+    whole = lambda: annealing.errors_of_both(kernel.anneal, torch.device("cpu"), 24, 16)  # noqa: E731
     fine = verify._compare("annealing", whole)
     yield {"kind": "check", "case": "whole", "ratio": 0.0 if fine else math.inf}
 
     def without_noise(*parts):
         return kernel.anneal(*parts[:5], torch.zeros_like(parts[5]), *parts[6:])
 
-    broken = lambda: annealing.errors_of_both(without_noise, torch.device("cpu"), 40, 16)  # noqa: E731
+    broken = lambda: annealing.errors_of_both(without_noise, torch.device("cpu"), 24, 16)  # noqa: E731
     yield {"kind": "broken", "case": "check", "ratio": 0.0 if verify._compare("annealing", broken) else math.inf}
 
 
@@ -100,7 +106,7 @@ def broken_results():
         (8, lambda selector: 1 - selector),
         (9, lambda offset: (offset + 7) % 24),
     ):
-        given = problem(24, 12, 8)
+        given = problem(24, 8, 8)
         parts = parts_of(*given, SWEEPS)
         kept = [*parts[4:6], parts[9]]
         parts[index] = damage(parts[index]).contiguous()
@@ -110,5 +116,5 @@ def broken_results():
 if __name__ == "__main__":
     torch.manual_seed(int(sys.argv[1]))
     torch.set_num_threads(1)
-    parts = (weight_results, check_results, broken_results)
+    parts = (weight_results, repeated_results, check_results, broken_results)
     json.dump([result for part in parts for result in part()], sys.stdout, allow_nan=True)

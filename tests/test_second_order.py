@@ -42,6 +42,17 @@ def test_never_worse_than_nearest_where_little_is_to_be_gained(fmt, group_size, 
     assert errors[1] <= errors[0] * (1 + 1e-5)
 
 
+@pytest.mark.parametrize(("fmt", "group_size"), [("nvfp4", 16), ("int4", 64)])
+def test_one_pass_finds_the_scales_that_suit_a_dominant_channel(fmt, group_size):
+    weight, x = torch.randn(48, 172), correlated(1000, 172)
+    x[:, 100] *= 10 * x.std(0).max() / x[:, 100].std()
+    statistics, errors = statistics_of(x), []
+    for rounding in ("gptq", "nearest"):
+        encoding = encode(weight, AAACConfig(fmt, group_size, "int4", rounding=rounding), statistics)
+        errors.append(hessian_errors(encoding, weight, damp(statistics.hessian, 0.01), group_size).sum())
+    assert errors[0] < 0.9 * errors[1]
+
+
 def on_a_grid(case: str, fmt: str, group_size: int, n: int, k: int) -> torch.Tensor:
     if case == "constant":
         return torch.full((n, k), 0.25)

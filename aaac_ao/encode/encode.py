@@ -18,8 +18,8 @@ from aaac_ao.encode.checks import check_second_order, check_weight, checked_mome
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
 from aaac_ao.encode.rows import OutputMetric
-from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales
-from aaac_ao.encode.second_order import INDEPENDENT, ONCE_CENTER, SecondOrder
+from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales, start_scales
+from aaac_ao.encode.second_order import INDEPENDENT, SecondOrder
 from aaac_ao.formats import E4M3_MAX
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
@@ -193,9 +193,12 @@ def _start(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Enc
         candidate = _learned(groups, importance, config, ONCE_SAMPLE_WEIGHTS, ONCE_REFINE_ROUNDS)
     else:
         candidate = _fixed(groups, importance, config, config.codebooks)
-    pts = fmt.per_tensor_scale(groups.amax, candidate.top, candidate.largest)
-    share = (ONCE_CENTER if config.scale_search else 1.0) / candidate.top
-    scale = torch.cat([fmt.round(chunk.abs().amax(-1) * share, pts) for chunk in groups.chunks()])
+    unit_pts, pts = (fmt.per_tensor_scale(groups.amax, top, candidate.largest) for top in (1.0, candidate.top))
+    if config.scale_search:
+        scale = start_scales(groups.chunks(), importance, candidate.books / candidate.top, fmt, unit_pts)
+    else:
+        scale = torch.cat([chunk.abs().amax(-1) for chunk in groups.chunks()])
+    scale = fmt.round(scale / candidate.top, pts)
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     selector = torch.zeros(scale.shape, dtype=torch.bool, device=weight.device)
     return Encoding(codes, selector, scale, candidate.books, pts, scale.new_zeros((), dtype=torch.float64))
