@@ -83,14 +83,14 @@ def repeated_results():
 
 def check_results():
     """The encoder's check before it uses the kernel: whether both paths agree, and whether it sees where not."""
-    whole = lambda: annealing.errors_of_both(kernel.anneal, torch.device("cpu"), 24, 16)  # noqa: E731
+    whole = lambda: annealing.errors_of_both(kernel.anneal, torch.device("cpu"), 40, 16)  # noqa: E731
     fine = verify._compare("annealing", whole)
     yield {"kind": "check", "case": "whole", "ratio": 0.0 if fine else math.inf}
 
     def without_noise(*parts):
         return kernel.anneal(*parts[:5], torch.zeros_like(parts[5]), *parts[6:])
 
-    broken = lambda: annealing.errors_of_both(without_noise, torch.device("cpu"), 24, 16)  # noqa: E731
+    broken = lambda: annealing.errors_of_both(without_noise, torch.device("cpu"), 40, 16)  # noqa: E731
     yield {"kind": "broken", "case": "check", "ratio": 0.0 if verify._compare("annealing", broken) else math.inf}
 
 

@@ -58,7 +58,7 @@ def test_the_kernel_does_what_pytorch_does(columns, rows, group_size, isa, monke
     other = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]
     grew, expected = compiled.anneal(*parts), sweep_columns(*other)
     same = (parts[1] == other[1]).all(0)
-    assert same.double().mean() > 0.8  # one code at a tie changes what follows in its row
+    assert (~same).sum() <= max(1, rows // 5)  # one code at a tie changes what follows in its row
     assert torch.allclose(grew[same], expected[same], rtol=1e-3, atol=1e-3)
     for values, codes_now, pull, *_ in (parts, other):
         assert torch.equal(values, grid.values(codes_now))
