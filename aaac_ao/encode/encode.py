@@ -18,8 +18,8 @@ from aaac_ao.encode.checks import check_second_order, check_weight, checked_mome
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.encode.nearest import NearestTable, nearest_codes
 from aaac_ao.encode.rows import OutputMetric
-from aaac_ao.encode.scales import ScaleTable, least_errors, reciprocal, search_scales, start_scales
-from aaac_ao.encode.second_order import INDEPENDENT, SecondOrder
+from aaac_ao.encode.scales import ScaleTable, few_matter, least_errors, reciprocal, search_scales
+from aaac_ao.encode.second_order import INDEPENDENT, ONCE_CENTER, SecondOrder
 from aaac_ao.formats import E4M3_MAX
 from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
@@ -29,6 +29,8 @@ SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
 #: result; accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 16
+#: Chunks whose rows are taken together where few of their groups are looked at.
+MOST_CHUNKS = 8
 #: Second-order rounding that leaves more than this share of its start's error tries a second start.
 CLEAR_GAIN = 0.8
 #: One row in so many, but no fewer weights than this, tell whether nearest rounding may be better than a single pass.
@@ -194,10 +196,14 @@ def _start(groups: _Groups, importance: torch.Tensor, config: AAACConfig) -> Enc
     else:
         candidate = _fixed(groups, importance, config, config.codebooks)
     unit_pts, pts = (fmt.per_tensor_scale(groups.amax, top, candidate.largest) for top in (1.0, candidate.top))
+    scale = torch.cat([chunk.abs().amax(-1) for chunk in groups.chunks()])
     if config.scale_search:
-        scale = start_scales(groups.chunks(), importance, candidate.books / candidate.top, fmt, unit_pts)
-    else:
-        scale = torch.cat([chunk.abs().amax(-1) for chunk in groups.chunks()])
+        scale *= ONCE_CENTER
+        few = few_matter(importance)  # five scales around this one may be too coarse to suit single weights
+        if bool(few.any()):
+            table = ScaleTable(candidate.books / candidate.top, fmt)
+            found = [search_scales(chunk, importance[few], table, unit_pts) for chunk in groups.chunks(few)]
+            scale[:, few] = torch.cat(found)
     scale = fmt.round(scale / candidate.top, pts)
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     selector = torch.zeros(scale.shape, dtype=torch.bool, device=weight.device)
@@ -221,10 +227,14 @@ class _Groups:
         padding = self.count * self.group_size - self.columns
         return torch.nn.functional.pad(rows.float(), (0, padding)).view(len(rows), self.count, self.group_size)
 
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """All rows in order, [<= chunk, groups, group_size] at a time."""
-        for rows in self.weight.split(self.chunk_rows):
-            yield self.cut(rows)
+    def chunks(self, some: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """All rows in order, [rows, groups, group_size] at a time; of `some` groups [groups] bool more rows."""
+        if some is None:
+            yield from map(self.cut, self.weight.split(self.chunk_rows))
+            return
+        more = min(MOST_CHUNKS, self.count // int(some.sum()))
+        for rows in self.weight.split(self.chunk_rows * more):
+            yield self.cut(rows)[:, some]
 
     def sample(self, most: int) -> torch.Tensor:
         """Evenly spaced rows, at most about so many weights."""

@@ -7,8 +7,6 @@ those of a `top` of 1, whatever the units of a book.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from aaac_ao.encode.nearest import BINS, bin_centers, bins_of, weighted_sums
@@ -20,9 +18,9 @@ BF16_RATIOS = tuple(0.625 + 0.01875 * step for step in range(32))
 E4M3_RATIOS = tuple((1 + eighth / 8) * octave for octave in (0.25, 0.5, 1.0) for eighth in range(8))
 #: No scale below this share of the largest magnitude is tried: it would clip too much where nothing was observed.
 LEAST_SHARE = 0.62
-#: Feedback tries scales around this share of the largest magnitude, unless fewer than `FEW_CHANNELS` of a group matter,
-#: as counted by the inverse of the sum of their squared shares: with more, a search lessens its error by about 1 %.
-FEEDBACK_SHARE, FEW_CHANNELS = 0.96, 0.2
+#: Few channels of a group matter if it is less than this share, as counted by the inverse of the sum of their squared
+#: shares. With more, a search of its scale before feedback lessens the error by about 1 %.
+FEW_CHANNELS = 0.2
 #: The largest share by which rounding to bf16 moves a scale; E4M3 scales are tried as they are stored.
 BF16_ROUNDING = 2.0**-8
 #: More than all rounding in fp32 can do, as a share of the unit and of an error.
@@ -99,34 +97,10 @@ def search_scales(
     return torch.where(searchable, unit * best, amax)
 
 
-def start_scales(
-    chunks: Iterable[torch.Tensor],
-    importance: torch.Tensor,
-    books: torch.Tensor,
-    fmt: ScaleFormat,
-    per_tensor_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """Scales around which feedback tries others, which are too few to find those that suit single channels.
-
-    Args:
-        chunks: the rows of a weight in order, [rows, groups, group_size] fp32 at a time.
-        importance: [groups, group_size] weight of every input channel.
-        books: [2, 16], each ascending, with a `top` of 1.
-        fmt: format of the scales.
-        per_tensor_scale: the one of these books.
-
-    Returns:
-        [N, groups] scales for these books, still to be rounded.
-    """
+def few_matter(importance: torch.Tensor) -> torch.Tensor:
+    """[groups] bool, where so few channels [groups, group_size] matter that a scale may suit their weights."""
     share = importance / importance.sum(1, keepdim=True)
-    few = share.square().sum(1) * share.shape[1] * FEW_CHANNELS > 1
-    table = ScaleTable(books, fmt) if bool(few.any()) else None
-    scales = []
-    for chunk in chunks:
-        scales.append(chunk.abs().amax(-1) * FEEDBACK_SHARE)
-        if table is not None:
-            scales[-1][:, few] = search_scales(chunk[:, few], importance[few], table, per_tensor_scale)
-    return torch.cat(scales)
+    return share.square().sum(1) * share.shape[1] * FEW_CHANNELS > 1
 
 
 def least_errors(

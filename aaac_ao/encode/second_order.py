@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 CORRECTION = 0.7
 #: Scales tried on each side of a group's own, and how far apart bf16 scales are, in turn; E4M3 has its own steps.
 FEEDBACK_SCALES, DESCENT_SCALES, LAST_SCALES = (4, 0.03), (3, 0.03), (3, 0.01)
-#: The same for the only feedback of `round_once`.
-ONCE_SCALES = (2, 0.06)
+#: The same for the only feedback of `round_once`: around `ONCE_CENTER` times the scale of round-to-nearest, or around a
+#: searched scale.
+ONCE_SCALES, ONCE_CENTER = (2, 0.06), 0.96
 #: Its sweeps of annealing in a block where rows are coupled.
 COUPLED_SWEEPS = 128
 #: Inputs of which this share is news, on average, as channels are gone through, are nearly independent: little is made
