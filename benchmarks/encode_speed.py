@@ -28,6 +28,7 @@ from benchmarks.report import environment, write_json
 HERE = Path(__file__).resolve().parent
 #: Linear weights of the blocks of Llama-3-8B, for the projection.
 LLAMA_8B_WEIGHTS = 6_979_321_856
+#: Torchao's methods: GPTQ in every setting, HQQ in int4 with groups of 64.
 GPTQ, HQQ = "torchao GPTQ", "torchao int4 HQQ"
 ROUNDINGS = ("nearest", "gptq", "gptq-thorough")
 SETTINGS = {"nvfp4 g16": {"format": "nvfp4"}, "int4 g64": {"group_size": 64}, "int4 g128": {"group_size": 128}}
@@ -87,8 +88,9 @@ def rows_of(size: int, roundings: list[str], repeats: int, device: str, peers: b
         if isinstance(found, str):
             lines.append([f"{size} x {size}", name, f"not available: {found}", *[""] * 4])
             continue
-        against = {peer: seconds[peer] for peer in (HQQ, f"{GPTQ} int4 g64") if isinstance(seconds.get(peer), float)}
-        ratios = [f"{against[p] / found:.1f}" if p in against else "" for p in (HQQ, f"{GPTQ} int4 g64")]
+        setting = next((s for s in SETTINGS if name.endswith(s)), "int4 g64")  # HQQ's
+        against = [seconds.get(peer) for peer in (HQQ, f"{GPTQ} {setting}")]
+        ratios = [f"{other / found:.1f}" if isinstance(other, float) else "" for other in against]
         projected = LLAMA_8B_WEIGHTS / size**2 * found / 60
         speed = f"{size**2 / found / 1e6:.2f}"
         lines.append([f"{size} x {size}", name, f"{found:.2f}", speed, *ratios, f"{projected:.0f}"])

@@ -40,8 +40,10 @@ def main() -> None:
         return lambda: gptq_api.gptq_quantize(hessian.clone(), weight.clone(), GPTQConfig("convert", base))
 
     nvfp4 = NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
-    int4 = Int4WeightOnlyConfig(group_size=64, set_inductor_config=False)
-    calls = {"torchao int4 HQQ": hqq, "torchao GPTQ int4 g64": gptq(int4), "torchao GPTQ nvfp4 g16": gptq(nvfp4)}
+    calls = {"torchao int4 HQQ": hqq, "torchao GPTQ nvfp4 g16": gptq(nvfp4)}
+    for size in (64, 128):
+        int4 = Int4WeightOnlyConfig(group_size=size, set_inductor_config=False)
+        calls[f"torchao GPTQ int4 g{size}"] = gptq(int4)
     seconds: dict[str, float | str] = {}
     with torch.no_grad():
         for name, call in calls.items():
