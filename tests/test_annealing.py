@@ -50,7 +50,7 @@ def parts_of(weight, hessian, grid, codes, sweeps: int) -> list:
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 5, 32), (7, 50, 64), (1, 3, 16)])
+@pytest.mark.parametrize(("columns", "rows", "group_size"), [(40, 21, 16), (64, 13, 32), (7, 50, 64), (1, 7, 16)])
 def test_the_kernel_does_what_pytorch_does(columns, rows, group_size, isa, monkeypatch):
     monkeypatch.setattr(cpu, "best_isa", lambda: isa)
     weight, hessian, grid, codes = problem(columns, rows, group_size)
@@ -58,7 +58,7 @@ def test_the_kernel_does_what_pytorch_does(columns, rows, group_size, isa, monke
     other = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]
     grew, expected = compiled.anneal(*parts), sweep_columns(*other)
     same = (parts[1] == other[1]).all(0)
-    assert (~same).sum() <= max(1, rows // 5)  # one code at a tie changes what follows in its row
+    assert same.double().mean() > 0.8  # one code at a tie changes what follows in its row
     assert torch.allclose(grew[same], expected[same], rtol=1e-3, atol=1e-3)
     for values, codes_now, pull, *_ in (parts, other):
         assert torch.equal(values, grid.values(codes_now))
