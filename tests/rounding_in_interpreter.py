@@ -40,8 +40,7 @@ def block_of(rows: int, sizes: list[int], count: int):
     target = torch.randn(columns, rows) * torch.randn(rows).exp()
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
     x = x.double()  # mixing may be all but singular
-    inverse = torch.linalg.inv(x.T @ x / len(x))
-    metric = Metric.of_factor(torch.linalg.cholesky(inverse, upper=True).float().contiguous())
+    metric = Metric.of_factor(torch.linalg.cholesky((x.T @ x / len(x)).flip(0, 1)).flip(0, 1).float())
     books = torch.randn(2, 16).sort(dim=1).values
     scale = torch.stack([part.abs().amax(0) for part in target.split(sizes)])
     share = torch.linspace(0.3, 0.9, count)[torch.randperm(count)]
@@ -94,8 +93,7 @@ def _fed(target, value, inverse, first: int, end: int, grid):
 
 
 def rounded_by_kernel(target, metric: Metric, sizes, books, candidates, sweeps: int) -> Rounded:
-    parts = (metric.factor, metric.matrix, metric.root, books, candidates)
-    return Rounded(*kernel.round_block(target, *parts, sizes, sweeps))
+    return rounding.round_with(kernel, target, metric, sizes, books, candidates, sweeps)
 
 
 def error_of(value, target, metric: Metric) -> torch.Tensor:
@@ -106,10 +104,10 @@ def error_of(value, target, metric: Metric) -> torch.Tensor:
 
 def compared(rounded: Rounded, block, sweeps: int) -> dict[str, float]:
     """Differences from plain fp64, and of what comes back from itself, each over its bound."""
-    target, metric, sizes, books, candidates = block
+    target, metric, _, _, candidates = block
     codes, value = plain(*block, sweeps)
     exact = error_of(value, target, metric).sum()
-    error = error_of(rounded.values(books, sizes), target, metric)
+    error = error_of(rounded.values, target, metric)
     returned = rounded.errors.double().square().sum(0)
     chosen = bool((rounded.scale == candidates).any(0).all()) and int(rounded.selector.max()) <= 1
     return {

@@ -49,20 +49,22 @@ static void check_round(int isa, int64_t rows, int columns, int group_size, int 
     random_metric(columns, lower, upper, metric);
     float *target = random_floats(columns * rows, -2, 2), *errors = take(columns * rows * sizeof *errors);
     float *candidates = random_floats(count * groups * rows, 0.5, 2), *scale = take(groups * rows * sizeof *scale);
+    float *values = take(columns * rows * sizeof *values);
     uint8_t *selector = take(groups * rows), *codes = take(columns * rows);
     int32_t *ends = take((groups + 1) * sizeof *ends);
     for (int g = 0; g <= groups; g++) ends[g] = g * group_size < columns ? g * group_size : columns;
     memcpy(errors, target, columns * rows * sizeof *errors);
-    aaac_round_block(errors, upper, metric, lower, books, candidates, ends, scale, selector, codes, rows, columns,
-                     groups, count, sweeps, isa, rows % 3 + 1);
+    aaac_round_block(errors, upper, metric, lower, books, candidates, ends, values, scale, selector, codes, rows,
+                     columns, groups, count, sweeps, isa, rows % 3 + 1);
     for (int64_t r = 0; r < rows; r++)
         for (int i = 0; i < columns; i++) {
             double sum = 0;
             for (int j = 0; j <= i; j++) {
                 const int64_t at = j / group_size * rows + r;
                 if (codes[j * rows + r] > 15 || selector[at] > 1) abort();
-                const double value = (double)books[16 * selector[at] + codes[j * rows + r]] * scale[at];
-                sum += lower[i * columns + j] * (target[j * rows + r] - value);
+                const float value = values[j * rows + r];
+                check("values", isa, rows, columns, value != books[16 * selector[at] + codes[j * rows + r]] * scale[at], 0);
+                sum += lower[i * columns + j] * ((double)target[j * rows + r] - value);
             }
             check("errors", isa, rows, columns, fabs(errors[i * rows + r] - sum), 1e-3);
         }
@@ -72,7 +74,7 @@ static void check_round(int isa, int64_t rows, int columns, int group_size, int 
         check("scale", isa, rows, columns, !found, 0);
     }
     free(lower), free(upper), free(metric), free(books), free(target), free(errors), free(candidates), free(scale);
-    free(selector), free(codes), free(ends);
+    free(selector), free(codes), free(ends), free(values);
 }
 
 // H times (values - weight) of row r, and its product with that.

@@ -8,7 +8,7 @@ from encode_oracle import correlated, damp, hessian_errors, statistics_of
 
 from aaac_ao import AAACConfig
 from aaac_ao.encode import encode
-from aaac_ao.encode.factor import inverse_factor, inverse_factors
+from aaac_ao.encode.factor import times_inverse, upper_factor, upper_factors
 from aaac_ao.encode.feedback import Order, descend, errors_by_factor, feedback, row_errors
 from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import fit_books, fit_scales
@@ -55,10 +55,10 @@ def test_factors_of_several_matrices_are_those_of_each():
     matrices[1] = 0
     matrices[2, :, 7] = matrices[2, 7] = 0
     columns = torch.arange(40)
-    for factor, matrix in zip(inverse_factors(matrices), matrices, strict=True):
-        assert torch.allclose(factor, inverse_factor(matrix, columns, [40], share=0.0)[0], rtol=1e-4, atol=1e-5)
+    for factor, matrix in zip(upper_factors(matrices), matrices, strict=True):
+        assert torch.allclose(factor, upper_factor(matrix, columns, [40], share=0.0)[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="cannot be factorised"):
-        inverse_factors(torch.full((2, 8, 8), float("nan")))
+        upper_factors(torch.full((2, 8, 8), float("nan")))
 
 
 def plain_feedback(weight, hessian, order, grid, candidates) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_feedback_is_the_plain_algorithm(k, group_size, monkeypatch):
     hessian = damp(statistics_of(correlated(4 * k, k)).hessian, 0.01)
     order = Order.of_importance(hessian.diagonal(), group_size)
     candidates = lambda scale: torch.stack([scale, 0.9 * scale, 1.1 * scale])  # noqa: E731
-    factor = inverse_factor(hessian, order.columns, order.blocks(), share=0.0)
+    factor = upper_factor(hessian, order.columns, order.blocks(), share=0.0)
     metrics = [Metric.of_panel(panel) for panel in factor]
     chosen, codes, lost = feedback(weight, order, factor, metrics, grid, candidates)
     assert torch.allclose(lost.double(), row_errors(weight, chosen.values(codes), hessian), rtol=1e-3)
@@ -171,10 +171,21 @@ def test_where_descent_ends_no_single_code_helps(monkeypatch):
 def test_errors_by_the_factor_are_those_under_the_damped_hessian():
     hessian, errors = statistics_of(correlated(900, 300)).hessian, torch.randn(300, 7)
     order = Order.of_importance(hessian.diagonal(), 64)
-    factor = inverse_factor(hessian, order.columns, order.blocks())
-    found = errors_by_factor(errors, order, factor, map(Metric.of_panel, factor))
+    factor = upper_factor(hessian, order.columns, order.blocks())
+    found = errors_by_factor(errors, order, factor)
     expected = row_errors(errors.double(), torch.zeros(300, 7).double(), damp(hessian, 0.01).double())
     assert torch.allclose(found.double(), expected, rtol=1e-3)
+
+
+def test_times_the_inverse_of_what_the_factor_is_of():
+    hessian, x = statistics_of(correlated(900, 300)).hessian, torch.randn(7, 300)
+    order = Order.of_importance(hessian.diagonal(), 64)
+    expected = torch.linalg.solve(damp(hessian, 0.01).double(), x.t().double()).t()
+    found = x[:, order.columns]
+    times_inverse(found, upper_factor(hessian, order.columns, order.blocks()))
+    assert torch.allclose(
+        found.double(), expected[:, order.columns], rtol=1e-2, atol=1e-4 * float(expected.abs().max())
+    )
 
 
 def test_one_pass_with_fixed_books_and_scales_is_the_plain_algorithm(monkeypatch):

@@ -12,7 +12,7 @@ from aaac_ao import AAACConfig, Statistics, block_pass, calibrate_checkpoint, he
 from aaac_ao.blocks import residual_bases
 from aaac_ao.checkpoint import ModelOnDisk, SourceCheckpoint
 from aaac_ao.encode import encode, second_order
-from aaac_ao.encode.factor import damping, inverse_factor
+from aaac_ao.encode.factor import damping, upper_factor
 from aaac_ao.encode.kmeans import lloyd
 from aaac_ao.first_pass import first_pass
 from aaac_ao.hidden import StateCache
@@ -40,14 +40,14 @@ def inputs(tokens: int, k: int) -> torch.Tensor:
     return torch.randn(tokens, k) @ (torch.eye(k) + torch.randn(k, k) / k**0.5)
 
 
-def test_the_factor_is_that_of_the_inverse():
+def test_the_factor_is_that_of_the_damped_hessian():
     hessian, order = torch.zeros(300, 300), torch.randperm(300)
     hessian.addmm_((x := inputs(600, 300)).t(), x)
-    panels = inverse_factor(hessian, order, [100, 37, 163], share=0.02)
+    panels = upper_factor(hessian, order, [100, 37, 163], share=0.02)
     assert [list(panel.shape) for panel in panels] == [[100, 300], [37, 200], [163, 163]]
     upper = torch.cat([nn.functional.pad(panel, (300 - panel.shape[1], 0)) for panel in panels]).double()
     damped = hessian.double() + torch.eye(300) * 0.02 * hessian.double().diagonal().mean()
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    expected = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
@@ -56,11 +56,11 @@ def test_the_factor_is_that_of_the_inverse():
 def test_what_fp32_cannot_factorise_is_damped_or_done_in_fp64(tokens):
     x = inputs(tokens, 96) * 1e3
     hessian, order = x.T @ x, torch.arange(96)
-    panels = inverse_factor(hessian, order, [64, 32], share=1e-9)
+    panels = upper_factor(hessian, order, [64, 32], share=1e-9)
     assert all(bool(torch.isfinite(panel).all()) for panel in panels)
     assert float(damping(torch.zeros(4, 4), 0.01)) == 1
     with pytest.raises(ValueError, match="96 inputs cannot be factorised"):
-        inverse_factor(torch.eye(96) - torch.full((96, 96), 9.0), order, [96])
+        upper_factor(torch.eye(96) - torch.full((96, 96), 9.0), order, [96])
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "gptq-thorough"])
@@ -149,7 +149,7 @@ def test_the_factor_is_gone_before_the_last_weight_is_worked_on_under_h(monkeypa
     panels, alive = [], []
 
     def factor(*args):
-        made = inverse_factor(*args)
+        made = upper_factor(*args)
         panels.extend(weakref.ref(panel) for panel in made)
         return made
 
@@ -158,7 +158,7 @@ def test_the_factor_is_gone_before_the_last_weight_is_worked_on_under_h(monkeypa
         return original(*args)
 
     original = second_order.descend
-    monkeypatch.setattr(second_order, "inverse_factor", factor)
+    monkeypatch.setattr(second_order, "upper_factor", factor)
     monkeypatch.setattr(second_order, "descend", descend)
     x, weight = inputs(600, 300), torch.randn(40, 300)
     statistics = Statistics((x * x).mean(0), 600, x.T @ x / 600)

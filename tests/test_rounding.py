@@ -31,8 +31,12 @@ def path(request, monkeypatch):
 def metric_of(columns: int) -> Metric:
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
     x = x.double()  # mixing may be all but singular
-    inverse = torch.linalg.inv(x.T @ x / len(x))
-    return Metric.of_factor(torch.linalg.cholesky(inverse, upper=True).float().contiguous())
+    return Metric.of_factor(upper(x.T @ x / len(x)).float())
+
+
+def upper(matrix: torch.Tensor) -> torch.Tensor:
+    """R, upper, of M = R R^T."""
+    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
 def block_of(rows: int, sizes: list[int], count: int):
@@ -45,9 +49,15 @@ def block_of(rows: int, sizes: list[int], count: int):
     return target, metric_of(columns), sizes, books, candidates
 
 
+def values_of(rounded, books, sizes) -> torch.Tensor:
+    """What the codes stand for."""
+    of_column = [group for group, size in enumerate(sizes) for _ in range(size)]
+    return books.view(-1)[rounded.codes.long() + 16 * rounded.selector.long()[of_column]] * rounded.scale[of_column]
+
+
 def errors_of(rounded, target, metric, sizes, books) -> torch.Tensor:
     """e^T M e of every row, fp64."""
-    error = target.double() - rounded.values(books, sizes).double()
+    error = target.double() - values_of(rounded, books, sizes).double()
     return ((metric.matrix.double() @ error) * error).sum(0)
 
 
@@ -58,6 +68,8 @@ def test_both_paths_take_the_same_blocks():
 def test_metric_of_its_factor():
     metric = metric_of(30)
     factor = metric.factor.double()
+    assert torch.equal(factor, factor.triu())
+    assert torch.equal(metric.root, metric.root.tril())
     assert torch.allclose(torch.linalg.inv(factor.T @ factor), metric.matrix.double(), rtol=1e-3, atol=1e-3)
     assert torch.allclose(metric.root.double().T @ metric.root.double(), metric.matrix.double(), rtol=1e-3, atol=1e-3)
 
@@ -71,6 +83,7 @@ def test_what_comes_back_belongs_together(path, rows, sizes):
     assert rounded.codes.max() < 16
     assert rounded.selector.max() <= 1
     assert (rounded.scale == candidates).any(0).all()
+    assert torch.equal(rounded.values, values_of(rounded, books, sizes))
     errors = errors_of(rounded, target, metric, sizes, books)
     assert torch.allclose(rounded.errors.double().square().sum(0), errors, rtol=1e-3)
 
@@ -81,7 +94,7 @@ def test_a_single_column_is_exhaustive_search(path):
     rounded = round_block(target, metric, sizes, books, candidates)
     values = (candidates[:, 0, None, None] * books[None, :, :, None]).flatten(0, 2)
     nearest = (values - target).abs().amin(0)
-    assert torch.allclose((rounded.values(books, sizes)[0] - target[0]).abs(), nearest, rtol=1e-4, atol=1e-6)
+    assert torch.allclose((rounded.values[0] - target[0]).abs(), nearest, rtol=1e-4, atol=1e-6)
 
 
 def test_small_blocks_are_near_the_best_of_all_codes(path):
@@ -90,8 +103,7 @@ def test_small_blocks_are_near_the_best_of_all_codes(path):
     found, best = [], []
     for correlation in torch.linspace(-0.8, 0.8, 9).tolist():
         target, _, sizes, books, candidates = block_of(60, [2], 1)
-        inverse = torch.tensor([[1.0, correlation], [correlation, 1.0]])
-        metric = Metric.of_factor(torch.linalg.cholesky(inverse, upper=True).contiguous())
+        metric = Metric.of_factor(upper(torch.tensor([[1.0, correlation], [correlation, 1.0]])))
         rounded = round_block(target, metric, sizes, books, candidates)
         values = torch.cat([book[pairs] for book in books]).double()  # [512, 2]
         error = target.double().T[:, None] - candidates[0, 0].double()[:, None, None] * values
@@ -137,7 +149,7 @@ def test_zero_rows_and_zero_scales(path):
     candidates[:, 0, 5] = 1e-40  # has no finite reciprocal
     rounded = round_block(target, metric, sizes, books, candidates)
     assert torch.isfinite(rounded.errors).all()
-    assert not rounded.values(books, sizes)[:, 3].any()
+    assert not rounded.values[:, 3].any()
 
 
 @needs_library

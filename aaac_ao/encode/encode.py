@@ -25,7 +25,7 @@ from aaac_ao.heap import hand_back_memory
 from aaac_ao.packing import ceil_div
 
 #: Books are learned on at most this many weights (rows taken evenly): 32 numbers do not need more.
-SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 19, 1 << 17
+SAMPLE_WEIGHTS, ONCE_SAMPLE_WEIGHTS = 1 << 18, 1 << 17
 #: Rows are worked on in chunks of about this many weights, which suits a CPU's cache and bounds the memory beyond the
 #: result; accelerators, where every launch costs, take 32 times as many.
 CHUNK_WEIGHTS = 1 << 16

@@ -1,6 +1,9 @@
 """Codes, scales and books of groups that minimise the layer's output error sum_n (w_n - q_n)^T H (w_n - q_n).
 
-First GPTQ's feedback (arXiv 2210.17323): what rounding loses is made up for by the columns still to be rounded.
+First GPTQ's feedback (arXiv 2210.17323): what rounding loses is made up for by the columns still to be rounded. With
+H = R R^T, R upper, the error is |R^T e|^2 for the errors e of all columns: it is made part after part, each of which
+belongs to a block of columns and depends on those before it alone.
+
 Groups are visited in the order of falling importance and choose scale and book when their turn comes, on the columns as
 the feedback left them. Block coordinate descent goes on from there: every block of columns is rounded anew with all
 others fixed.
@@ -17,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from aaac_ao.encode.annealing import anneal
-from aaac_ao.encode.factor import inverse_factors
+from aaac_ao.encode.factor import upper_factors
 from aaac_ao.encode.grid import CHUNK_COLUMNS, Grid, of_columns
 from aaac_ao.encode.rounding import BLOCK_COLUMNS, Metric, Rounded, round_block
 
@@ -88,7 +91,7 @@ def feedback(
     Args:
         weight: [K, N] fp32.
         order: of rounding.
-        factor: upper Cholesky factor of the inverse of H, both in that order, in a panel for each of `order.blocks`.
+        factor: the upper factor R of H, both in that order, in a panel for each of `order.blocks`.
         metrics: of the panels.
         grid: books, and the scales around which candidates lie; its selectors are not looked at.
         candidates: scales to try.
@@ -97,58 +100,57 @@ def feedback(
     Returns:
         The grid with the chosen scales and books, codes [K, N] uint8, and the errors of the rows, fp32 [N].
     """
-    left, codes = weight[order.columns], torch.empty_like(weight, dtype=torch.uint8)
+    pull, codes = torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.uint8)  # R^T e, as far as e is known
     scale, selector = torch.empty_like(grid.scale), torch.empty_like(grid.selector)
     lost, at_once, start = weight.new_zeros(weight.shape[1]), order.at_once, 0
     blocks = zip(order.groups.split(at_once), factor, metrics, strict=True)
     for index, (groups, panel, metric) in enumerate(blocks):
         sizes = order.sizes[index * at_once : (index + 1) * at_once]
-        block = slice(start, start + len(panel))
-        rounded = round_block(left[block], metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
+        stop = start + len(panel)
+        columns = order.columns[start:stop]
+        own = weight[columns]
+        target = torch.addmm(own, metric.factor.t(), pull[start:stop]) if start else own
+        rounded = round_block(target, metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
         if sweeps:
-            rounded = _annealed(left[block], metric, rounded, grid, sweeps)
-        codes[order.columns[block]] = rounded.codes
+            rounded = _annealed(target, metric, rounded, grid, sweeps)
+        codes[columns] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector
-        _make_up(left[block.stop :], panel[:, len(panel) :], rounded.errors)
+        _pass_on(pull[stop:], panel[:, len(panel) :], own - rounded.values)
         lost += rounded.errors.square().sum(0)
-        start = block.stop
+        start = stop
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes, lost
 
 
-def errors_by_factor(
-    errors: torch.Tensor, order: Order, factor: list[torch.Tensor], metrics: Iterable[Metric]
-) -> torch.Tensor:
+def errors_by_factor(errors: torch.Tensor, order: Order, factor: list[torch.Tensor]) -> torch.Tensor:
     """e_n^T H e_n of every row, fp32 [N], from what its columns are off by, [K, N], as `feedback` adds it up."""
-    left, start = errors[order.columns], 0
-    lost = errors.new_zeros(errors.shape[1])
-    for panel, metric in zip(factor, metrics, strict=True):
-        stop = start + len(panel)
-        own = metric.root @ left[start:stop]
-        left[stop:].addmm_(panel[:, len(panel) :].t(), own, alpha=-1)
-        lost += own.square().sum(0)
-        start = stop
-    return lost
+    pull, start = torch.zeros_like(errors), 0
+    for panel in factor:
+        columns = order.columns[start : start + len(panel)]
+        pull[start:].addmm_(panel.t(), errors[columns])
+        start += len(panel)
+    return pull.square_().sum(0)
 
 
 def _annealed(target: torch.Tensor, metric: Metric, rounded: Rounded, grid: Grid, sweeps: int) -> Rounded:
     """A block [B, N] with better codes."""
     own = Grid(rounded.scale, rounded.selector, grid.codebooks, grid.group_size)
     codes = anneal(target, metric.matrix, own, rounded.codes, sweeps)
-    return replace(rounded, codes=codes, errors=metric.root @ (target - own.values(codes)))
+    values = own.values(codes)
+    return replace(rounded, codes=codes, errors=metric.root @ (target - values), values=values)
 
 
-def _make_up(left: torch.Tensor, panel: torch.Tensor, errors: torch.Tensor) -> None:
-    """Take panel^T @ errors off what is left: most of all work of the feedback."""
+def _pass_on(pull: torch.Tensor, panel: torch.Tensor, errors: torch.Tensor) -> None:
+    """Add panel^T @ errors to the pull on columns that follow: most of all work of the feedback."""
     from aaac_ao.kernels.cpu import rounding as compiled
 
-    if not (left.is_cpu and compiled.has_bfloat16()):
-        left.addmm_(panel.t(), errors, alpha=-1)
+    if not (pull.is_cpu and compiled.has_bfloat16()):
+        pull.addmm_(panel.t(), errors)
         return
     # a correction that is 0.4 % off at most loses far less than what is rounded afterwards
     errors = errors.bfloat16()
     # of few shapes, as oneDNN keeps code and memory for each
-    for part, columns in zip(left.split(_PART_COLUMNS), panel.split(_PART_COLUMNS, dim=1), strict=True):
-        part.sub_(columns.t().bfloat16() @ errors)
+    for part, columns in zip(pull.split(_PART_COLUMNS), panel.split(_PART_COLUMNS, dim=1), strict=True):
+        part.add_(columns.t().bfloat16() @ errors)
 
 
 def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
@@ -158,7 +160,7 @@ def block_metrics(hessian: torch.Tensor, group_size: int) -> list[Metric]:
         _descent_blocks(len(hessian), group_size), lambda block: block.stop - block.start
     ):
         inner = torch.stack([hessian[block, block] for block in blocks])
-        metrics += Metric.of_factor(inverse_factors(inner)).split()
+        metrics += Metric.of_factor(upper_factors(inner)).split()
     return metrics
 
 
@@ -232,7 +234,7 @@ def _renew(
     target = value - metric.factor.t() @ wanted
     rounded = round_block(target, metric, sizes, grid.codebooks, candidates(grid.scale[groups]))
     better = rounded.errors.square().sum(0) < (1 - _LEAST_GAIN) * wanted.square().sum(0)
-    news = (rounded.values(grid.codebooks, sizes), rounded.codes, rounded.scale, rounded.selector)
+    news = (rounded.values, rounded.codes, rounded.scale, rounded.selector)
     for kept, new in zip((value, codes[block], grid.scale[groups], grid.selector[groups]), news, strict=True):
         kept.copy_(torch.where(better, new, kept))
 

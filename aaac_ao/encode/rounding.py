@@ -37,10 +37,10 @@ class Metric:
 
     @classmethod
     def of_factor(cls, factor: torch.Tensor) -> Metric:
-        """From the upper factor U of M^-1 = U^T U, or from several of them, [n, B, B], which `split` takes apart."""
+        """From the upper factor R of M = R R^T, or from several of them, [n, B, B], which `split` takes apart."""
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-        root = torch.linalg.solve_triangular(factor.mT, identity, upper=False).contiguous()
-        return cls(root.mT @ root, factor, root)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=True).contiguous()
+        return cls(factor @ factor.mT, inverse, factor.mT.contiguous())
 
     @classmethod
     def of_panel(cls, panel: torch.Tensor) -> Metric:
@@ -60,19 +60,15 @@ class Rounded:
         codes: [B, N] uint8.
         selector: [groups, N] uint8, 0 or 1: the book of every group.
         scale: [groups, N] fp32, one of the candidates.
-        errors: [B, N] fp32, root @ (target - value): its squares add up to the error of a row.
+        errors: [B, N] fp32, root @ (target - values): its squares add up to the error of a row.
+        values: [B, N] fp32, what the columns were rounded to.
     """
 
     codes: torch.Tensor
     selector: torch.Tensor
     scale: torch.Tensor
     errors: torch.Tensor
-
-    def values(self, codebooks: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """[B, N] what the columns were rounded to."""
-        of_column = _groups_of_columns(tuple(sizes), self.codes.device)
-        index = self.codes.long() + 16 * self.selector.long()[of_column]
-        return codebooks.view(-1)[index] * self.scale[of_column]
+    values: torch.Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,7 +134,10 @@ def round_with(
 ) -> Rounded:
     """`round_block` by the module of a kernel."""
     parts = (metric.factor, metric.matrix, metric.root, codebooks, candidates)
-    return Rounded(*kernel.round_block(target, *parts, sizes, sweeps))
+    codes, selector, scale, errors = kernel.round_block(target, *parts, sizes, sweeps)
+    of_column = _groups_of_columns(tuple(sizes), target.device)
+    values = codebooks.view(-1)[codes.long() + 16 * selector.long()[of_column]] * scale[of_column]
+    return Rounded(codes, selector, scale, errors, values)
 
 
 def _is_right(kernel: ModuleType, device: torch.device, columns: int, group_size: int) -> bool:
@@ -167,7 +166,7 @@ def errors_of_both(
     problem = (target, Metric.of_factor(factor), sizes, books, candidates)
     errors = []
     for rounded in (round_with(kernel, *problem), _round_block(*problem)):
-        lost = target - rounded.values(books, sizes)
+        lost = target - rounded.values
         both = (((problem[1].matrix @ lost) * lost).sum(), rounded.errors.square().sum())
         errors.append(torch.stack(both)[None])
     return errors[0], errors[1]
@@ -209,7 +208,7 @@ def _round_block(
             pull.addr_(metric.matrix[i], moved - value[i], alpha=-1)
             value[i] = moved
     errors = metric.root @ (target - value)
-    return Rounded(codes.to(torch.uint8), torch.stack(selectors).to(torch.uint8), torch.stack(scales), errors)
+    return Rounded(codes.to(torch.uint8), torch.stack(selectors).to(torch.uint8), torch.stack(scales), errors, value)
 
 
 def _choose(

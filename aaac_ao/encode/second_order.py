@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aaac_ao.encode.annealing import anneal
-from aaac_ao.encode.factor import DAMPING, damping, inverse_factor
+from aaac_ao.encode.factor import DAMPING, damping, times_inverse, upper_factor
 from aaac_ao.encode.feedback import Candidates, Order, block_metrics, descend, errors_by_factor, feedback, row_errors
 from aaac_ao.encode.grid import Grid
 from aaac_ao.encode.least_squares import SAMPLE_WEIGHTS, fit_books, fit_scales
@@ -87,16 +87,16 @@ class SecondOrder:
         self.group_size, self._factor, self._panel_metrics = group_size, [], []
         self.damping = damping(hessian, DAMPING)
         remaining = torch.empty_like(hessian.diagonal())
-        remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square().reciprocal()
+        remaining[self.order.columns] = torch.cat([panel.diagonal() for panel in self.factor]).square()
         variances = hessian.diagonal() + self.damping
         self.importance, self.news = (remaining * variances).sqrt(), remaining.sum() / variances.sum()
 
     @property
     def factor(self) -> list[torch.Tensor]:
-        """The upper Cholesky factor of the inverse of H, both in `order`, in panels; see `inverse_factor`."""
+        """The upper factor R of H = R R^T, both in `order`, in panels; see `upper_factor`."""
         if not self._factor:
             hand_back_memory()
-            self._factor += inverse_factor(self.hessian, self.order.columns, self.order.blocks())
+            self._factor += upper_factor(self.hessian, self.order.columns, self.order.blocks())
             hand_back_memory()
         return self._factor
 
@@ -143,12 +143,10 @@ class SecondOrder:
         if output_shift is None:
             return weight
         for rows in _rows(weight).chunks():
-            shift, move, start = output_shift[rows][:, self.order.columns], torch.zeros_like(output_shift[rows]), 0
-            for panel in self.factor:  # with columns in `order`, H^-1 = U^T U
-                move[:, start:].addmm_(shift[:, start:] @ panel.t(), panel, alpha=CORRECTION)
-                start += len(panel)
+            move = output_shift[rows][:, self.order.columns]
+            times_inverse(move, self.factor)
             output_shift[rows] = weight[rows]
-            output_shift[rows].index_add_(1, self.order.columns, move)
+            output_shift[rows].index_add_(1, self.order.columns, move, alpha=CORRECTION)
         return output_shift
 
     def refine(
@@ -264,7 +262,7 @@ class SecondOrder:
         lost = []
         for rows in _rows(weight, ONCE_CHUNK_WEIGHTS).chunks():
             errors = weight[rows].float().t() - _values(encoding, rows, config).t()
-            lost.append(errors_by_factor(errors, self.order, self.factor, self.panel_metrics).double().sum())
+            lost.append(errors_by_factor(errors, self.order, self.factor).double().sum())
         return dataclasses.replace(encoding, error=torch.stack(lost).sum())
 
     def _with_fitted_books(self, weight: torch.Tensor, encoding: Encoding, config: AAACConfig) -> Encoding:

@@ -25,7 +25,7 @@ typedef struct {
     float *target; // in: what to round; out: root times the error
     const float *factor, *metric, *root, *candidates;
     const int32_t *ends;
-    float *scale;
+    float *values, *scale;
     uint8_t *selector, *codes;
     int64_t rows;
     int columns, groups, count, sweeps;
@@ -104,15 +104,16 @@ EXPORT int aaac_has_bfloat16(void) {
 
 // Sizes and layouts are checked by the caller: columns and groups are 1 .. MOST_COLUMNS, every group has a column.
 EXPORT void aaac_round_block(float *target, const float *factor, const float *metric, const float *root,
-                             const float *books, const float *candidates, const int32_t *ends, float *scale,
-                             uint8_t *selector, uint8_t *codes, int64_t rows, int columns, int groups, int count,
-                             int sweeps, int isa, int threads) {
+                             const float *books, const float *candidates, const int32_t *ends, float *values,
+                             float *scale, uint8_t *selector, uint8_t *codes, int64_t rows, int columns, int groups,
+                             int count, int sweeps, int isa, int threads) {
     Block block = {.target = target,
                    .factor = factor,
                    .metric = metric,
                    .root = root,
                    .candidates = candidates,
                    .ends = ends,
+                   .values = values,
                    .scale = scale,
                    .selector = selector,
                    .codes = codes,

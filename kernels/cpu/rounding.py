@@ -24,7 +24,7 @@ def library() -> ctypes.CDLL | None:
     found = load("_rounding")
     if found is None:
         return None
-    found.aaac_round_block.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] + [ctypes.c_int] * 6
+    found.aaac_round_block.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 6
     found.aaac_round_block.restype = None
     found.aaac_anneal.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] + [ctypes.c_int] * 5
     found.aaac_anneal.restype = ctypes.c_int
@@ -51,8 +51,8 @@ def round_block(
     candidates: torch.Tensor,
     ends: torch.Tensor,
     sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, selectors, scales and errors of a block; see `aaac_ao.encode.rounding.round_block`.
+) -> tuple[torch.Tensor, ...]:
+    """Codes, selectors, scales, errors and values of a block; see `aaac_ao.encode.rounding.round_block`.
 
     Args:
         target: [B, N] fp32 on the CPU, B <= `MOST_COLUMNS`.
@@ -65,7 +65,8 @@ def round_block(
         sweeps: passes of coordinate descent.
 
     Returns:
-        Codes uint8 [B, N], selectors uint8 [groups, N], scales fp32 [groups, N], root @ error fp32 [B, N].
+        Codes uint8 [B, N], selectors uint8 [groups, N], scales fp32 [groups, N], root @ error fp32 [B, N], and values
+        fp32 [B, N].
 
     Raises:
         ValueError: sizes, dtypes or devices that do not fit.
@@ -79,14 +80,14 @@ def round_block(
     steps = ends.diff()
     if ends.dtype != torch.int32 or len(ends) != groups + 1 or ends[0] != 0 or ends[-1] != columns or steps.min() < 1:
         raise ValueError(f"ends must be int32 and rise from 0 to {columns} in {groups} steps, got {ends.tolist()}")
-    errors = target.clone(memory_format=torch.contiguous_format)
+    errors, values = target.clone(memory_format=torch.contiguous_format), torch.empty(columns, rows)
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     selector = torch.empty(groups, rows, dtype=torch.uint8)
     scale = torch.empty(groups, rows, dtype=torch.float32)
     inputs = [tensor.contiguous() for tensor in (factor, metric, root, codebooks, candidates, ends)]
-    pointers = [tensor.data_ptr() for tensor in (errors, *inputs, scale, selector, codes)]
+    pointers = [tensor.data_ptr() for tensor in (errors, *inputs, values, scale, selector, codes)]
     library().aaac_round_block(*pointers, rows, columns, groups, count, sweeps, _isa(), torch.get_num_threads())
-    return codes, selector, scale, errors
+    return codes, selector, scale, errors, values
 
 
 def anneal(

@@ -351,6 +351,7 @@ TARGET static void NAME(round_rows)(void *job, int64_t index) {
     }
     for (int i = 0; i < columns; i++) {
         store(b->target + i * b->rows + row, lost[i], lanes);
+        store(b->values + i * b->rows + row, value[i], lanes);
         for (int lane = 0; lane < lanes; lane++) b->codes[i * b->rows + row + lane] = (uint8_t)code[i][lane];
     }
     for (int group = 0; group < b->groups; group++) {
