@@ -28,6 +28,8 @@ from torch import nn
 
 #: Two windows on which the quantised model, as its package runs it, is compared with its dequantised weights.
 CHECK_WINDOWS = 2
+#: Rows and columns of the part of a layer on which a method is warmed up before it is timed.
+WARM_UP = 256
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,18 @@ def main() -> None:
     folder, repeats = Path(sys.argv[1]), int(sys.argv[2])
     layer = load_file(folder / "layer.safetensors")
     weight, hessian = layer["weight"], layer["hessian"]
+    start = slice(peer_job.WARM_UP)
     torch.cuda.synchronize = lambda *_: None
     gptq_api._nvfp4_qdq_fn = gptq_api._nvfp4_with_precalculated_scales_qdq
     gptq_api._nvfp4_q_fn = gptq_api._nvfp4_with_precalculated_scales_q
 
-    def hqq() -> None:
+    def hqq(weight: torch.Tensor, _: torch.Tensor) -> None:
         quant_primitives._choose_qparams_and_quantize_affine_hqq(
             weight, nbits=4, group_size=64, axis=1, compute_dtype=torch.bfloat16, device="cpu"
         )
 
-    def gptq(base: Any) -> Callable[[], Any]:  # it writes into the weight and the Hessian
-        return lambda: gptq_api.gptq_quantize(hessian.clone(), weight.clone(), GPTQConfig("convert", base))
+    def gptq(base: Any) -> Callable[[torch.Tensor, torch.Tensor], Any]:  # it writes into the weight and the Hessian
+        return lambda w, h: gptq_api.gptq_quantize(h.clone(), w.clone(), GPTQConfig("convert", base))
 
     nvfp4 = NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
     calls = {"torchao int4 HQQ": hqq, "torchao GPTQ nvfp4 g16": gptq(nvfp4)}
@@ -48,7 +50,8 @@ def main() -> None:
     with torch.no_grad():
         for name, call in calls.items():
             try:
-                seconds[name] = peer_job.median_seconds(call, repeats)
+                call(weight[start, start].contiguous(), hessian[start, start].contiguous())
+                seconds[name] = peer_job.median_seconds(partial(call, weight, hessian), repeats)
             except Exception as error:  # whatever a package raises becomes a row of the table
                 seconds[name] = f"{type(error).__name__}: {error}"
     (folder / "seconds.json").write_text(json.dumps(seconds))

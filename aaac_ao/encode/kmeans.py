@@ -36,12 +36,13 @@ def lloyd(
     book = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
     histogram = torch.zeros(2, BINS, dtype=torch.float64, device=u.device)
     rows = max(1, _CHUNK_WEIGHTS // importance.numel()) if u.device.type == "cpu" else len(u)
+    weights = importance.expand(min(rows, len(u)), -1, -1).contiguous()  # once, and not in every iteration
     chunks = list(zip(*(whole.split(rows) for whole in (bins, mass, book)), strict=True))
     for own_bins, own_mass, _ in chunks:
         histogram[0].index_add_(0, own_bins.view(-1), own_mass.view(-1).double())
     for _ in range(iterations):
         for chunk in chunks:
-            _choose_again(*chunk, table, importance, histogram)
+            _choose_again(*chunk, table, weights[: len(chunk[0])], histogram)
         codebooks = _weighted_means(histogram.long(), table, codebooks)
         table = NearestTable(codebooks, top=1.0)
     return codebooks
