@@ -63,7 +63,8 @@ static void check_round(int isa, int64_t rows, int columns, int group_size, int 
                 const int64_t at = j / group_size * rows + r;
                 if (codes[j * rows + r] > 15 || selector[at] > 1) abort();
                 const float value = values[j * rows + r];
-                check("values", isa, rows, columns, value != books[16 * selector[at] + codes[j * rows + r]] * scale[at], 0);
+                check("values", isa, rows, columns, value != books[16 * selector[at] + codes[j * rows + r]] * scale[at],
+                      0);
                 sum += lower[i * columns + j] * ((double)target[j * rows + r] - value);
             }
             check("errors", isa, rows, columns, fabs(errors[i * rows + r] - sum), 1e-3);
