@@ -82,12 +82,16 @@ def all_seconds(
     """Times of all methods on one layer, or why there is none; thorough rounding, which takes long, has one turn."""
     layer, found = random_layer(size, device), {}
     for turn in range(turns):
-        for rounding in roundings if turn == 0 else [r for r in roundings if r != "gptq-thorough"]:
-            for name, setting in SETTINGS.items():
-                seconds = our_seconds(layer, AAACConfig(**setting, rounding=rounding), repeats)
-                found.setdefault(f"AAAC {rounding}, {name}", []).append(seconds)
-        for name, seconds in peer_seconds(layer, repeats, torch.get_num_threads()).items() if peers else ():
-            found.setdefault(name, []).append(seconds)
+        seconds: dict[str, float | str] = {
+            f"AAAC {rounding}, {name}": our_seconds(layer, AAACConfig(**setting, rounding=rounding), repeats)
+            for rounding in roundings
+            for name, setting in SETTINGS.items()
+            if turn == 0 or rounding != "gptq-thorough"
+        }
+        if peers:
+            seconds |= peer_seconds(layer, repeats, torch.get_num_threads())
+        for name, one in seconds.items():
+            found.setdefault(name, []).append(one)
     reasons = {name: next((s for s in every if isinstance(s, str)), None) for name, every in found.items()}
     return {name: reasons[name] or statistics.median(every) for name, every in found.items()}
 

@@ -35,6 +35,11 @@ def damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
     return hessian + torch.eye(len(hessian)) * share * hessian.diagonal().mean()
 
 
+def upper_root(matrix: torch.Tensor) -> torch.Tensor:
+    """R, upper, of M = R R^T."""
+    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+
+
 def importance_of(statistics, columns: int) -> torch.Tensor:
     """H = E[x^2] plus a thousandth of its mean, fp64; 1 without statistics or when no channel was ever active."""
     if statistics is None or float(statistics.second_moment.double().sum()) == 0:

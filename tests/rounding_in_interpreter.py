@@ -14,6 +14,7 @@ import random
 import sys
 
 import torch
+from encode_oracle import upper_root
 
 from aaac_ao.encode import rounding
 from aaac_ao.encode.rounding import Metric, Rounded
@@ -40,7 +41,7 @@ def block_of(rows: int, sizes: list[int], count: int):
     target = torch.randn(columns, rows) * torch.randn(rows).exp()
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
     x = x.double()  # mixing may be all but singular
-    metric = Metric.of_factor(torch.linalg.cholesky((x.T @ x / len(x)).flip(0, 1)).flip(0, 1).float())
+    metric = Metric.of_factor(upper_root(x.T @ x / len(x)).float())
     books = torch.randn(2, 16).sort(dim=1).values
     scale = torch.stack([part.abs().amax(0) for part in target.split(sizes)])
     share = torch.linspace(0.3, 0.9, count)[torch.randperm(count)]

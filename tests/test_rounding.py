@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from encode_oracle import upper_root
 
 from aaac_ao import AAACConfig, Statistics
 from aaac_ao.encode import annealing, encode, rounding
@@ -31,12 +32,7 @@ def path(request, monkeypatch):
 def metric_of(columns: int) -> Metric:
     x = torch.randn(3 * columns + 20, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
     x = x.double()  # mixing may be all but singular
-    return Metric.of_factor(upper(x.T @ x / len(x)).float())
-
-
-def upper(matrix: torch.Tensor) -> torch.Tensor:
-    """R, upper, of M = R R^T."""
-    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    return Metric.of_factor(upper_root(x.T @ x / len(x)).float())
 
 
 def block_of(rows: int, sizes: list[int], count: int):
@@ -103,7 +99,7 @@ def test_small_blocks_are_near_the_best_of_all_codes(path):
     found, best = [], []
     for correlation in torch.linspace(-0.8, 0.8, 9).tolist():
         target, _, sizes, books, candidates = block_of(60, [2], 1)
-        metric = Metric.of_factor(upper(torch.tensor([[1.0, correlation], [correlation, 1.0]])))
+        metric = Metric.of_factor(upper_root(torch.tensor([[1.0, correlation], [correlation, 1.0]])))
         rounded = round_block(target, metric, sizes, books, candidates)
         values = torch.cat([book[pairs] for book in books]).double()  # [512, 2]
         error = target.double().T[:, None] - candidates[0, 0].double()[:, None, None] * values

@@ -115,8 +115,8 @@ def feedback(
             rounded = _annealed(target, metric, rounded, grid, sweeps)
         codes[columns] = rounded.codes
         scale[groups], selector[groups] = rounded.scale, rounded.selector
-        _pass_on(pull[stop:], panel[:, len(panel) :], own.sub_(rounded.values))
-        lost += rounded.errors.square_().sum(0)
+        _pass_on(pull[stop:], panel[:, len(panel) :], own - rounded.values)
+        lost += rounded.errors.square().sum(0)
         start = stop
     return Grid(scale, selector, grid.codebooks, grid.group_size), codes, lost
 
